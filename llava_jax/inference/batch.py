@@ -1,6 +1,7 @@
 """Continuous batching: between two dispatches, answers enter the slots of the running batch and leave them."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ from llava_jax.inference.answer import Alternative, Answer, EngineError, Piece, 
 from llava_jax.inference.constraints import Constraint, ConstraintFailed
 from llava_jax.inference.decoding import Sampled, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
-from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt, common_length
-from llava_jax.inference.programs import CHUNK_SIZES, PIECE, PIECES, Programs, PromptChunk
+from llava_jax.inference.prefix_cache import Held, LruIndex, PrefixCache, PreparedPrompt, common_length
+from llava_jax.inference.programs import CHUNK_SIZES, PAGE, PIECE, PIECES, Programs, PromptChunk
 from llava_jax.inference.scores import ScoreRules
 
 STEPS = 4  # tokens a dispatch: clients read along, and other requests wait to enter
@@ -33,7 +34,7 @@ class Running:
     prompt_hash: int
     matcher: Constraint | None = None  # of an answer with a constraint
     doubt: int = 0  # dispatches before its tokens are guessed again, see `guesses`
-    row: int | None = None  # of the cache, once its prompt has begun
+    held: Held | None = None  # in the cache, once its prompt has begun
     done: int = 0  # positions of the prompt that the cache holds
 
     @property
@@ -74,12 +75,17 @@ class Batch:
 
     def __init__(self, programs: Programs):
         self._programs = programs
-        self._prefix_cache, self._tiles = PrefixCache(programs.rows), LruIndex(programs.images)
+        self._prefix_cache, self._tiles = PrefixCache(programs.pages, PAGE), LruIndex(programs.images)
         self.running: list[Running] = []
 
     @property
     def full(self) -> bool:
         return len(self.running) == self._programs.slots
+
+    @property
+    def pages_used(self) -> int:
+        """The number of pages of the cache that belong to running answers."""
+        return self._prefix_cache.in_use
 
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
@@ -95,16 +101,17 @@ class Batch:
         while positions < PREFILL_POSITIONS and (prompts := self._next_prompts()):
             positions += sum(running.remaining for running in prompts)
             ended += self._prefill(prompts)
-        return ended + self._decode([running for running in self.running if running.tokens])
+        begun = [running for running in self.running if running.tokens]
+        others_wait = positions >= PREFILL_POSITIONS and len(begun) < len(self.running)
+        return ended + self._decode(begun, STEPS_BETWEEN if others_wait else STEPS)
 
     def _next_prompts(self) -> list[Running]:
-        """The next prompt, or several whose ends are computed in one dispatch, in no more positions than one by one."""
+        """The next prompt, or several whose ends are computed in one dispatch, in no more positions than one by one;
+        none if the next one has to wait for pages."""
         waiting = [running for running in self.running if not running.tokens]
-        joined = self._joined(waiting)
-        for running in joined or waiting[:1]:
-            if running.row is None:
-                self._begin(running)
-        return self._joined(joined) or waiting[:1]  # again: one may have lost the row that it begins like
+        chosen = self._joined(waiting) or waiting[:1]
+        begun = list(itertools.takewhile(self._begin, chosen))
+        return self._joined(begun) or begun[:1]  # again: one may have lost what it begins like
 
     def _joined(self, waiting: Sequence[Running]) -> list[Running]:
         """The next prompt and others with it, where that gives the same bits. A prompt that begins like one of these
@@ -112,7 +119,7 @@ class Batch:
         joined, alone, free = [], 0, PIECES
         for running in waiting if self._programs.joins and len(waiting) > 1 else ():
             contents, known = running.prompt.contents, running.done
-            if running.row is None:
+            if running.held is None:
                 known = self._prefix_cache.known(contents)
                 if any(common_length(contents, other.prompt.contents) > known for other in joined):
                     continue
@@ -123,20 +130,28 @@ class Batch:
                 return []
         return joined if len(joined) > 1 and alone >= PIECES * PIECE else []
 
-    def _begin(self, running: Running) -> None:
-        """Finds a row for a prompt. Not before its turn: the prompt before it may begin in the same way."""
-        placement = self._prefix_cache.allocate(running.prompt.contents)
-        if placement.source is not None:
-            self._programs.copy(placement.source, placement.row)
-        running.row = placement.row
-        running.done = running.answer.prefix_tokens = placement.reused
+    def _begin(self, running: Running) -> bool:
+        """Finds pages for a prompt, if it has none -> whether there are enough. Not before its turn: the prompt before
+        it may begin in the same way."""
+        if running.held:
+            return True
+        prompt = running.prompt
+        longest = len(prompt.tokens) + running.answer.sampling.max_new_tokens
+        placement = self._prefix_cache.begin(prompt.contents, longest)
+        if placement is None:
+            return False
+        if placement.copy:
+            self._programs.copy(*placement.copy)
+        running.held = placement.held
+        running.done = running.answer.prefix_tokens = len(placement.held.contents)
+        return True
 
     def _prefill(self, prompts: Sequence[Running]) -> list[Answer]:
         """Computes the next chunk of a prompt, or all that is left of several. The end of a prompt gives a token."""
         B, T = shape = (1, chunk_size(prompts[0].remaining)) if len(prompts) == 1 else (PIECES, PIECE)
         ending = [running for running in prompts if running.remaining <= B * T]
         changed = [running for running in ending if running.answer.sampling.changes_scores]
-        chunk = PromptChunk.padding(shape, self._programs.new_rules(B) if changed else self._programs.no_rules[B])
+        chunk = self._programs.new_chunk(shape, self._programs.new_rules(B) if changed else None)
         ended, computed, free = [], [], 0  # `computed`: prompts with their last pieces
         for running in prompts:
             starts = range(running.done, min(running.done + B * T, len(running.prompt.tokens)), T)
@@ -155,7 +170,7 @@ class Batch:
             sampled = jax.device_get(sampled)
         for running, b in computed:
             running.done = min(running.done + B * T, len(running.prompt.tokens))
-            self._prefix_cache.update(running.row, running.cached)
+            running.held.contents = running.cached
             if not running.remaining:
                 ended += self._deliver(running, Sampled(*(x[b : b + 1] for x in sampled)))
         return ended
@@ -179,7 +194,7 @@ class Batch:
         for tile in np.unique(index[index >= 0] // patches):
             of_tile = np.flatnonzero(index // patches == tile)
             features[of_tile] = self._tile(prompt, tile) * patches + index[of_tile] % patches
-        chunk.set(b, prompt.tokens[own], features, start, running.row, prompt.adapter.index)
+        chunk.set(b, prompt.tokens[own], features, start, running.held.pages, prompt.adapter.index)
         chunk.sampling.set(b, running.answer.sampling, running.prompt_hash)
 
     def _tile(self, prompt: PreparedPrompt, tile: int) -> int:
@@ -190,8 +205,16 @@ class Batch:
             self._programs.encode(prompt.tiles[tile], index, adapter.index)
         return index
 
-    def _decode(self, begun: Sequence[Running]) -> list[Answer]:
-        """Generates some more tokens of answers -> those that ended."""
+    def _has_room(self, running: Running, steps: int) -> bool:
+        """Whether an answer has a place for its next token. It gets those for `steps`, if there are enough pages."""
+        held, length = running.held, len(running.prompt.tokens) + len(running.tokens)
+        longest = len(running.prompt.tokens) + running.answer.sampling.max_new_tokens
+        return self._prefix_cache.extend(held, min(length - 1 + steps, longest)) or length <= len(held.pages) * PAGE
+
+    def _decode(self, begun: Sequence[Running], steps: int) -> list[Answer]:
+        """Generates at most so many more tokens of answers -> those that ended. An answer without a page for them waits
+        until another one ends."""
+        begun = [running for running in begun if self._has_room(running, steps)]
         if not begun:
             return []
         B = next(size for size in self._programs.sizes if size >= len(begun))
@@ -205,17 +228,18 @@ class Batch:
                 placed.remove((slot, running))
         for slot, running in placed:
             length = len(running.prompt.tokens)
-            slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
+            pages = running.held.pages
+            slots.pages[slot, : len(pages)], slots.tokens[slot] = pages, running.tokens[-1]
             slots.positions[slot] = length + len(running.tokens) - 1
             longest = running.answer.sampling.max_new_tokens - 1 if running.guesses else len(running.tokens)
-            slots.limits[slot] = length + longest
+            slots.limits[slot] = min(length + longest, len(pages) * PAGE)
             running.doubt = max(0, running.doubt - 1)
             slots.adapters[slot] = running.prompt.adapter.index
             slots.endless[slot] = running.answer.sampling.ignore_eos
             slots.sampling.set(slot, running.answer.sampling, running.prompt_hash)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
-        several = any(running.guesses and not running.doubt for running in begun)
-        steps = STEPS if len(begun) == len(self.running) and several else STEPS_BETWEEN
+        if not any(running.guesses and not running.doubt for running in begun):
+            steps = STEPS_BETWEEN
         sampled = self._programs.decode(slots, steps, report)
         for slot, running in placed:
             ended += self._deliver(running, Sampled(*(x[slot] for x in sampled)))
@@ -241,14 +265,14 @@ class Batch:
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
-        self._prefix_cache.update(running.row, running.cached)
+        running.held.contents = running.cached
         running.answer.give(Piece("".join(texts), logprobs))
         return [self._end(running, "length" if at_limit else "stop")] if running.stream.finished else []
 
     def _end(self, running: Running, reason: str | None, error: EngineError | None = None) -> Answer:
-        """Frees the slot. The row of the cache keeps its contents until it is needed."""
-        if running.row is not None:
-            self._prefix_cache.release(running.row)
+        """Frees the slot. The pages of the cache keep their contents until they are needed."""
+        if running.held:
+            self._prefix_cache.end(running.held)
         self.running.remove(running)
         if error:
             running.answer.fail(error)

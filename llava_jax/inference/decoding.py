@@ -104,12 +104,12 @@ def prompt_hash(tokens: np.ndarray) -> int:
 
 
 class Slots(NamedTuple):
-    """The answers that are being generated, arrays [B]. A slot at position S is idle."""
+    """The answers that are being generated, arrays [B]. A slot at position S, or M S with pages, is idle."""
 
     tokens: np.ndarray  # int32, the newest ones
     positions: np.ndarray  # int32, where these go
     limits: np.ndarray  # int32, positions at which the answers have all their tokens
-    rows: np.ndarray | None = None  # int32, their rows of the cache; None where slot b has row b
+    pages: np.ndarray | None = None  # int32[B, M], their pages of the cache; None where slot b has row b
     sampling: RowSampling | None = None  # None: greedy
     adapters: np.ndarray | None = None  # int32, see `models.batched_lora`
     rules: ScoreRules | None = None
@@ -183,7 +183,7 @@ def decode(
 
     `report` (bool[]) says whether log probabilities are wanted; None compiles a program without them.
     """
-    idle = cache.size
+    idle = cache.size if slots.pages is None else slots.pages.shape[1] * cache.size
     if slots.adapters is not None:
         batched_lora.use(model, slots.adapters)
 
@@ -195,7 +195,7 @@ def decode(
         step, tokens_B, positions_B, cache, generated = carry
         working_B = positions_B < idle
         x_B1D = model.embed(tokens_B[:, None])
-        hidden_B1D, cache = model.llm.extend(x_B1D, positions_B[:, None], cache, slots.rows)
+        hidden_B1D, cache = model.llm.extend(x_B1D, positions_B[:, None], cache, slots.pages)
         logits_BV = model.llm.logits(hidden_B1D[:, 0])
         positions_B += 1
         rules = slots.rules and slots.rules.at_step(step)

@@ -38,6 +38,8 @@ class EngineStats:
     busy: int  # slots with an answer
     queued: int  # requests that wait for a slot
     adapters: int  # that are loaded
+    pages: int  # of keys and values, see `prefix_cache`
+    pages_used: int  # by running answers
     prompt_tokens: int
     prefix_tokens: int  # of these, those that the prefix cache held
     generated_tokens: int
@@ -64,9 +66,10 @@ class Engine:
         slots: int = 8,  # answers at a time
         context: int | None = None,  # positions of a prompt and its answer; by default as many as the model has
         queue: int = 64,  # requests that may wait for a slot
-        # Rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
-        # by default half as many as slots.
+        # Room of the cache besides that of the slots, in answers of the whole context. It keeps finished conversations,
+        # whose next turns reuse them; by default half as many as slots.
         kept: int | None = None,
+        cache_bytes: int | None = None,  # of keys and values, where that is less; also less where memory is short
         images: int = 64,  # for how many images, or tiles of AnyRes, the features are cached
         quantize: str | None = None,  # "int8" stores the decoder's weights in eight bits
         mesh: Mesh | None = None,  # over which the model's parameters are sharded
@@ -84,6 +87,7 @@ class Engine:
             model,
             slots=slots,
             rows=slots + (slots // 2 if kept is None else kept),
+            cache_bytes=cache_bytes,
             positions=self.context,
             images=max(images, in_a_chunk),
             stop_ids=prompts.stop_ids,
@@ -191,6 +195,8 @@ class Engine:
                 busy=len(self._batch.running),
                 queued=len(self._waiting),
                 adapters=len(self.adapters.loaded()),
+                pages=self._programs.pages,
+                pages_used=self._batch.pages_used,
                 **{name: self._counts[name] for name in COUNTS},
             )
 

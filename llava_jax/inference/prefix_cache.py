@@ -1,6 +1,8 @@
 """The prefix cache: finds out which tokens and images of a prompt the device holds already, by their content."""
 
+import dataclasses
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -73,49 +75,125 @@ def _of_version(contents: np.ndarray, adapter: Adapter) -> np.ndarray:
     return contents ^ (adapter.version << 32)
 
 
-class Placement(NamedTuple):
-    """Where a prompt goes: `row` holds its first `reused` positions, once `source`, if any, is copied there."""
+@dataclasses.dataclass(eq=False)
+class Held:
+    """A sequence in the cache: the contents of its first positions, and its pages in order, which may be more."""
 
-    row: int
-    reused: int
-    source: int | None = None
+    contents: np.ndarray
+    pages: list[int]
+    most: int  # pages that it may need before it ends
+
+
+class Placement(NamedTuple):
+    """Where a prompt goes: `held` has its first positions, once page `copy[0]` is copied to `copy[1]`, if given."""
+
+    held: Held
+    copy: tuple[int, int] | None
 
 
 class PrefixCache:
-    """The contents of the rows of a KV cache. A row whose answer is finished keeps them until the row is needed; the
-    least recently used one is taken first."""
+    """What the pages of a KV cache hold. Sequences that begin in the same way share pages.
 
-    def __init__(self, rows: int):
-        self._contents = [np.zeros(0, np.int64) for _ in range(rows)]
-        self._idle = OrderedDict.fromkeys(range(rows))  # the least recently used first
+    An answer gets pages as it becomes longer. When it is finished, its sequence is kept until pages are needed; the
+    least recently used one is given up first. Answers together may need more pages than there are. So a page is given
+    only if all running answers can still end one after another, however long they become (the banker's algorithm,
+    Dijkstra 1965); otherwise the answer waits until another one ends.
+    """
 
-    def allocate(self, contents: np.ndarray) -> Placement:
-        """A row for a prompt. At least one row must be idle."""
-        common = [common_length(held, contents[:-1]) for held in self._contents]  # the last position gives a token
-        best = int(np.argmax(common))
-        oldest, reused = next(iter(self._idle)), common[best]
-        lost = len(self._contents[best]) - reused
-        if reused == 0 or best == oldest:
-            placement = Placement(oldest, common[oldest])
-        elif best in self._idle and lost <= reused:
-            placement = Placement(best, reused)
+    def __init__(self, pages: int, size: int):
+        self._size = size  # S, positions of a page
+        self._users = np.zeros(pages, int)  # sequences that have each page
+        self._free = list(range(pages))[::-1]
+        self._running: list[Held] = []
+        self._kept: list[Held] = []  # the least recently used first
+
+    @property
+    def in_use(self) -> int:
+        """The number of pages of running answers."""
+        return len({page for held in self._running for page in held.pages})
+
+    def begin(self, contents: np.ndarray, longest: int) -> Placement | None:
+        """Pages for a prompt, whose answer ends at position `longest` at the latest; None if it has to wait."""
+        source, known = self._closest(contents[:-1])  # the last position gives a token
+        whole, rest = divmod(known, self._size)
+        shared = source.pages[:whole] if source else []
+        copied = source.pages[whole : whole + 1] if rest else []
+        held = Held(contents[:known], list(shared), -(-longest // self._size))
+        self._users[shared + copied] += 1  # so that they stay as they are
+        self._running.append(held)
+        fits = self.extend(held, len(contents))
+        self._give_back(copied)
+        if not fits:
+            self._running.remove(held)
+            self._give_back(held.pages)
+            return None
+        if source in self._kept:
+            self._kept.remove(source)
+            self._kept.append(source)
+        return Placement(held, (copied[0], held.pages[whole]) if copied else None)
+
+    def extend(self, held: Held, positions: int) -> bool:
+        """Gives a running sequence the pages for so many positions, or returns False: it has to wait."""
+        wanted = -(-positions // self._size) - len(held.pages)
+        if wanted <= 0:
+            return True
+        if not self._is_safe(held, wanted):
+            return False
+        while len(self._free) < wanted and self._kept:
+            self._give_back(self._kept.pop(0).pages)
+        if len(self._free) < wanted:  # a page is about to be copied
+            return False
+        new = [self._free.pop() for _ in range(wanted)]
+        self._users[new] += 1
+        held.pages += new
+        return True
+
+    def _is_safe(self, held: Held, wanted: int) -> bool:
+        """Whether all running sequences can end one after another if this one gets so many pages more."""
+        pages = np.array([page for each in self._running for page in each.pages], int)
+        users = np.bincount(pages, minlength=len(self._users))
+        unused = int((users == 0).sum()) - wanted
+        left = []
+        for each in self._running:
+            more = wanted if each is held else 0
+            own = int((users[each.pages] == 1).sum())
+            left.append((each.most - len(each.pages) - more, own + more))
+        for needed, freed in sorted(left):
+            if needed > unused:
+                return False
+            unused += freed
+        return unused >= 0
+
+    def end(self, held: Held) -> None:
+        """The answer is finished. Its sequence is kept, if it has a page of its own."""
+        self._running.remove(held)
+        used = -(-len(held.contents) // self._size)
+        self._give_back(held.pages[used:])
+        del held.pages[used:]
+        if (self._users[held.pages] == 1).any():
+            self._kept.append(held)
         else:
-            placement = Placement(oldest, reused, source=best)
-        del self._idle[placement.row]
-        self._contents[placement.row] = contents[: placement.reused]
-        return placement
+            self._give_back(held.pages)
+
+    def _give_back(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
 
     def known(self, contents: np.ndarray) -> int:
         """The positions of a prompt that are in the cache."""
-        return max(common_length(held, contents[:-1]) for held in self._contents)
+        return self._closest(contents[:-1])[1]
 
-    def update(self, row: int, contents: np.ndarray) -> None:
-        """The row holds these positions now, and other prompts may reuse them."""
-        self._contents[row] = contents
-
-    def release(self, row: int) -> None:
-        """The row's answer is finished."""
-        self._idle[row] = None
+    def _closest(self, contents: np.ndarray) -> tuple[Held | None, int]:
+        """The sequence that begins with most of these positions, and how many they are."""
+        closest, length = None, 0
+        for held in itertools.chain(self._running, self._kept):
+            if not np.array_equal(held.contents[length : length + 1], contents[length : length + 1]):
+                continue  # it has no more in common
+            if (common := common_length(held.contents, contents)) > length:
+                closest, length = held, common
+        return closest, length
 
 
 def common_length(first: np.ndarray, second: np.ndarray) -> int:

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ from llava_jax.inference.decoding import RowSampling, Sampled, Slots, decode, sa
 from llava_jax.inference.quantization import quantize_decoder
 from llava_jax.inference.scores import ScoreRules, ruled
 from llava_jax.models import batched_lora
-from llava_jax.models.attention import BLOCK
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava, Params
@@ -33,6 +32,8 @@ from llava_jax.parallel.sharding import FSDP_RINGS, RULES, axis_sizes, replicate
 CHUNK_SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt that are computed at a time
 PIECES, PIECE = 16, 16  # of several prompts, and tokens of each: as many positions as the largest chunk has
 SHAPES = (*((1, size) for size in CHUNK_SIZES), (PIECES, PIECE))  # of the tokens of a dispatch of `prefill`
+PAGE = 256  # positions of a page of the KV cache, which attention computes at a time
+MEMORY_SHARE = 0.9  # of the free memory, that the cache may take
 ROWS = (2, 4, 8, 16, 32)  # that a dispatch of `decode` may have, besides all slots; CPUs sum differently for one row
 MAX_STEPS = 8  # tokens of an answer that one call of `decode` can generate
 DECODE, ENCODE, COPY = "decode", "encode", "copy"
@@ -45,24 +46,29 @@ class PromptChunk(NamedTuple):
     features: np.ndarray  # int32[B, T]: cached tile x P + patch, or TEXT or NEWLINE of `data.features`
     starts: np.ndarray  # int32[B], the positions of the first tokens
     lengths: np.ndarray  # int32[B], without padding
-    rows: np.ndarray  # int32[B], of the cache
+    pages: np.ndarray  # int32[B, M], of the cache, that hold the prompts
     adapters: np.ndarray  # int32[B], of the prompts, see `models.batched_lora`
     sampling: RowSampling  # [B]
     rules: ScoreRules  # [B], of the tokens after them
 
     @classmethod
-    def padding(cls, shape: tuple[int, int], rules: ScoreRules) -> "PromptChunk":
-        """To be set, NumPy arrays."""
-        numbers = np.zeros((4, shape[0]), np.int32)
+    def padding(cls, shape: tuple[int, int], pages: int, rules: ScoreRules) -> "PromptChunk":
+        """To be set, NumPy arrays; `pages` is M."""
+        B, (starts, lengths, adapters) = shape[0], np.zeros((3, shape[0]), np.int32)
+        tokens, features = np.zeros(shape, np.int32), np.full(shape, TEXT, np.int32)
         return cls(
-            np.zeros(shape, np.int32), np.full(shape, TEXT, np.int32), *numbers, RowSampling.greedy(shape[0]), rules
+            *(tokens, features, starts, lengths, np.zeros((B, pages), np.int32), adapters),
+            *(RowSampling.greedy(B), rules),
         )
 
-    def set(self, b: int, tokens: np.ndarray, features: np.ndarray | int, start: int, row: int, adapter: int) -> None:
+    def set(
+        self, b: int, tokens: np.ndarray, features: np.ndarray | int, start: int, pages: Sequence[int], adapter: int
+    ) -> None:
         """Sets piece b."""
         length = len(tokens)
         self.tokens[b, :length], self.features[b, :length] = tokens, features
-        self.starts[b], self.lengths[b], self.rows[b], self.adapters[b] = start, length, row, adapter
+        self.starts[b], self.lengths[b], self.adapters[b] = start, length, adapter
+        self.pages[b, : len(pages)] = pages
 
 
 class Programs:
@@ -72,8 +78,10 @@ class Programs:
       sizes: rows that a dispatch of `decode` may have; all slots, and after `find_sizes` also fewer.
       joins: of `CHUNK_SIZES`, whose positions may be pieces of a dispatch with other prompts; see `find_sizes`.
       no_rules: for so many rows, on the device.
+      pages: C, of the cache. Fewer than wanted where the memory has no room for them.
+      most_pages: M, that an answer may need.
 
-    Raises `UserError` where the cache does not fit into memory.
+    Raises `UserError` where the memory has no room for one answer, or for a page for each slot.
     """
 
     def __init__(
@@ -81,8 +89,9 @@ class Programs:
         model: Llava,  # its layers are rearranged for decoding
         *,
         slots: int,  # B
-        rows: int,  # C, at least B
-        positions: int,  # S, which is rounded up
+        rows: int,  # for how many answers of all positions pages are wanted
+        cache_bytes: int | None = None,  # that they may take on all devices together; by default `MEMORY_SHARE`
+        positions: int,  # of an answer and its prompt, rounded up to whole pages
         images: int,  # I
         stop_ids: list[int],  # tokens that end answers
         int8: bool = False,  # whether the decoder's weights are stored in eight bits, see `inference.quantization`
@@ -96,18 +105,17 @@ class Programs:
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
-        self.slots, self.rows, self.positions = slots, rows, -(-positions // BLOCK) * BLOCK
+        self.slots, self.most_pages = slots, -(-positions // PAGE)
+        self.positions = self.most_pages * PAGE
         self.images, self.image_tokens, self.vocabulary = images, model.config.image_tokens, text.vocab_size
         self._weights, self._structure = jax.tree.flatten(model)
         self._compiled: dict[str | tuple[int, int], Callable] = {}
         self._compiling = threading.Lock()
 
-        entries = jax.ShapeDtypeStruct(
-            (rows, text.num_kv_heads, self.positions, text.head_dim),
-            model.dtype,
-            sharding=_cache_sharding(mesh, text.num_kv_heads),
-        )
-        self._check_memory(2 * text.num_layers, entries, mesh)
+        sharding = _cache_sharding(mesh, text.num_kv_heads)
+        page = jax.ShapeDtypeStruct((1, text.num_kv_heads, PAGE, text.head_dim), model.dtype, sharding=sharding)
+        self.pages = self._page_count(rows, 2 * text.num_layers, page, mesh, cache_bytes)
+        entries = page.update(shape=(self.pages, *page.shape[1:]))
         cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
         features_shape = (images, self.image_tokens, text.hidden_size)
         features = jax.ShapeDtypeStruct(features_shape, model.dtype, sharding=mesh and replicated(mesh))
@@ -129,21 +137,34 @@ class Programs:
             some_slots, program = self.idle_slots(size), functools.partial(decode, max_steps=MAX_STEPS)
             self._programs[f"{DECODE} {size}"] = (program, cache, some_slots, self._stop_ids, number, flag)
         for shape in SHAPES if slots > 1 else SHAPES[:-1]:
-            chunk = PromptChunk.padding(shape, self.new_rules(shape[0]))
-            self._programs[shape] = (prefill, cache, features, chunk, flag)
+            self._programs[shape] = (prefill, cache, features, self.new_chunk(shape), flag)
         self.names = list(self._programs)
         self.reset()
 
-    def _check_memory(self, count: int, entries: jax.ShapeDtypeStruct, mesh: Mesh | None) -> None:
-        """Raises `UserError` where the cache, `count` arrays, is larger than the free memory."""
-        shard = entries.sharding.shard_shape(entries.shape) if mesh else entries.shape
-        wanted = count * math.prod(shard) * entries.dtype.itemsize
-        free = free_bytes(mesh.devices.flat[0] if mesh else jax.devices()[0])
-        if wanted > free:
+    def _page_count(
+        self, rows: int, arrays: int, page: jax.ShapeDtypeStruct, mesh: Mesh | None, cache_bytes: int | None
+    ) -> int:
+        """Those of `rows` answers with all positions, or as many as there is memory for. `page` is one of an array."""
+        shard = page.sharding.shard_shape(page.shape) if mesh else page.shape
+        size = arrays * math.prod(shard) * page.dtype.itemsize
+        limit = max(MEMORY_SHARE * free_bytes(mesh.devices.flat[0] if mesh else jax.devices()[0]), 0.0)
+        if cache_bytes is not None:
+            limit = min(limit, cache_bytes * size / (arrays * math.prod(page.shape) * page.dtype.itemsize))
+        room = int(limit) // size
+        one_answer = self.most_pages + 1  # and the page of which it may begin with a copy, see `prefix_cache`
+        if (least := max(one_answer, self.slots)) > room:
+            what, option = f"{self.positions} positions", "--context"
+            if self.slots > one_answer:
+                what, option = f"{self.slots} slots", "--slots"
             raise UserError(
-                f"{self.slots} slots of {self.positions} positions take {wanted / 2**30:.1f} GB for keys and values, "
-                f"and {max(free, 0) / 2**30:.1f} GB are free: lower --slots or --context"
+                f"{what} take {least * size / 2**30:.2f} GB for keys and values at least, and there is room for "
+                f"{limit / 2**30:.2f} GB: lower {option}{' or raise --cache-mb' if cache_bytes else ''}"
             )
+        return min(max(rows * self.most_pages, one_answer), room)
+
+    def new_chunk(self, shape: tuple[int, int], rules: ScoreRules | None = None) -> PromptChunk:
+        """Padding, to be set."""
+        return PromptChunk.padding(shape, self.most_pages, rules or self.no_rules[shape[0]])
 
     def new_rules(self, rows: int) -> ScoreRules:
         """Neutral ones, to be set."""
@@ -151,14 +172,14 @@ class Programs:
 
     def idle_slots(self, rows: int) -> Slots:
         """Neutral ones, to be set."""
-        tokens, limits, places, adapters = (np.zeros(rows, np.int32) for _ in range(4))
+        tokens, limits, adapters = (np.zeros(rows, np.int32) for _ in range(3))
         idle, endless = np.full(rows, self.positions, np.int32), np.zeros(rows, bool)
-        rules = self.no_rules[rows]
-        return Slots(tokens, idle, limits, places, RowSampling.greedy(rows), adapters, rules, endless)
+        pages, rules = np.zeros((rows, self.most_pages), np.int32), self.no_rules[rows]
+        return Slots(tokens, idle, limits, pages, RowSampling.greedy(rows), adapters, rules, endless)
 
     def find_sizes(self) -> None:
         """Finds out with how many rows a dispatch gives the same bits as one with all slots, and which chunks of a
-        prompt give those of pieces: texts must not depend on other requests. Overwrites a row of the cache."""
+        prompt give those of pieces: texts must not depend on other requests. Overwrites pages of the cache."""
         if self.slots == 1:
             return
         tokens = np.random.default_rng(0).integers(0, self.vocabulary, CHUNK_SIZES[-1], np.int32)
@@ -172,19 +193,21 @@ class Programs:
         self.sizes = [*same, self.slots]
 
     def _probe_prompt(self, shape: tuple[int, int], tokens: np.ndarray) -> list[bytes]:
-        """What a prompt gives in dispatches of a shape: the next token, log probabilities, keys and values."""
+        """What a prompt of at most a page gives in dispatches of a shape: the next token, log probabilities, keys and
+        values."""
         B, T = shape
         for first in range(0, len(tokens), B * T):
-            chunk = PromptChunk.padding(shape, self.no_rules[B])
+            chunk = self.new_chunk(shape)
             for b, start in enumerate(range(first, min(first + B * T, len(tokens)), T)):
-                chunk.set(b, tokens[start : start + T], TEXT, start, 0, 0)
+                chunk.set(b, tokens[start : start + T], TEXT, start, range(self.most_pages), 0)
             sampled = self.prefill(chunk, True)
         held = (x_CKSH[0, :, : len(tokens)] for x_CKSH in jax.tree.leaves(self.cache))
         return [np.asarray(x).tobytes() for x in (*(x[b] for x in sampled), *held)]
 
     def _probe(self, rows: int, token: int, position: int) -> bytes:
-        """The tokens and log probabilities that follow the one at a position of the cache's first row."""
+        """The tokens and log probabilities that follow the one at a position of what `_probe_prompt` computed."""
         slots = self.idle_slots(rows)
+        slots.pages[0] = range(self.most_pages)
         slots.tokens[0], slots.positions[0], slots.limits[0], slots.endless[0] = token, position, self.positions, True
         return b"".join(np.asarray(x[0]).tobytes() for x in self.decode(slots, MAX_STEPS - 1, True))
 
@@ -230,7 +253,7 @@ class Programs:
         return jax.device_get(sampled)
 
     def copy(self, source: int, target: int) -> None:
-        """Copies a row of the cache."""
+        """Copies a page of the cache."""
         self.cache = self.compile(COPY)(self.cache, np.int32(source), np.int32(target))
 
 
@@ -243,7 +266,7 @@ def encode(model: Llava, features_IPD: jax.Array, image: jax.Array, index: jax.A
 def prefill(
     model: Llava, cache: KVCache, features_IPD: jax.Array, chunk: PromptChunk, report: jax.Array
 ) -> tuple[Sampled, KVCache]:
-    """Adds pieces of prompts to their rows of the cache -> the tokens after them, [B], and the cache."""
+    """Adds pieces of prompts to their pages of the cache -> the tokens after them, [B], and the cache."""
     batched_lora.use(model, chunk.adapters)
     (B, T), starts_B1, lengths_B1 = chunk.tokens.shape, chunk.starts[:, None], chunk.lengths[:, None]
     x_BTD = model.embed(chunk.tokens)
@@ -251,8 +274,9 @@ def prefill(
     x_BTD = jnp.where(chunk.features[:, :, None] >= 0, features_BTD, x_BTD)
     x_BTD = model.place_newlines(x_BTD, chunk.features)
     steps_1T = jnp.arange(T)[None]
-    positions_BT = jnp.where(steps_1T < lengths_B1, starts_B1 + steps_1T, cache.size)
-    hidden_BTD, cache = model.llm.extend(x_BTD, positions_BT, cache, chunk.rows)
+    padding = chunk.pages.shape[1] * cache.size
+    positions_BT = jnp.where(steps_1T < lengths_B1, starts_B1 + steps_1T, padding)
+    hidden_BTD, cache = model.llm.extend(x_BTD, positions_BT, cache, chunk.pages)
     logits_BV = model.llm.logits(hidden_BTD[jnp.arange(B), chunk.lengths - 1])
     scores_BV = ruled(logits_BV, chunk.rules, jnp.full((B, 1), -1))
     tokens_B = sample(scores_BV, chunk.starts + chunk.lengths, chunk.sampling)
@@ -260,7 +284,7 @@ def prefill(
 
 
 def copy(model: Llava, cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-    """The cache with a copy of row `source` as row `target`."""
+    """The cache with a copy of page `source` as page `target`."""
     return jax.tree.map(lambda x_CKSH: x_CKSH.at[target].set(x_CKSH[source]), cache)
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 CHUNK = 512  # queries that `chunked_attention` computes at a time
-BLOCK = 256  # keys that `cached_attention` computes at a time
 GROUP = 2  # rows that CPUs compute at a time in `cached_attention`
 FLOOR = -1e30  # below every score, and finite, since the difference of two infinities is NaN
 SPLASH_BLOCK, LANES = 512, 128  # the largest blocks of queries and keys; the lanes of TPUs
@@ -164,49 +163,49 @@ def cached_attention(
     q_BTNH: jax.Array,
     k_CKSH: jax.Array,
     v_CKSH: jax.Array,
-    rows_B: jax.Array,
+    pages_BM: jax.Array,
     positions_BT: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """Attention of each batch row's queries to a row of the cache (`rows_B`), at and before their `positions_BT`.
+    """Attention of each batch row's queries to its sequence in the cache, at and before their `positions_BT`.
 
-    The blocks of a row are computed one by one (Milakov & Gimelshein 2018): the time depends on the length of the
-    sequences, not on S, which must be a multiple of `BLOCK`. Queries at position S or beyond are padding. The result of
-    a batch row does not depend on the other rows, in any bit (batch invariance).
+    A sequence has M of the C pages, S positions each (Kwon et al. 2023): position p is entry p % S of page
+    `pages_BM[b, p // S]`. Pages are computed one by one (Milakov & Gimelshein 2018): the time depends on the length of
+    the sequences, not on M. Queries at position M S or beyond are padding. The result of a batch row depends neither on
+    the other rows nor on which pages hold it, in any bit (batch invariance).
     """
     (_, T, N, H), (_, K, S, _) = q_BTNH.shape, k_CKSH.shape
-    steps_S = jnp.arange(BLOCK)
+    steps_S, size = jnp.arange(S), pages_BM.shape[1] * S
 
-    def attend(q_TNH: jax.Array, row: jax.Array, positions_T: jax.Array) -> jax.Array:
+    def attend(q_TNH: jax.Array, pages_M: jax.Array, positions_T: jax.Array) -> jax.Array:
         q_KQH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
 
-        def add_block(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def add_page(number: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             largest_KQ1, sums_KQ1, attended_KQH = state
-            corner = (row, 0, block * BLOCK, 0)
-            k_KSH, v_KSH = (jax.lax.dynamic_slice(x, corner, (1, K, BLOCK, H))[0] for x in (k_CKSH, v_CKSH))
+            k_KSH, v_KSH = (jax.lax.dynamic_index_in_dim(x, pages_M[number], keepdims=False) for x in (k_CKSH, v_CKSH))
             scores_KQS = jnp.einsum("KQH,KSH->KQS", q_KQH, k_KSH, preferred_element_type=jnp.float32) * H**-0.5
-            seen_TS = within_window(positions_T[:, None] - (block * BLOCK + steps_S)[None], window)
-            seen_KQS = jnp.broadcast_to(seen_TS[None, None], (K, N // K, T, BLOCK)).reshape(scores_KQS.shape)
+            seen_TS = within_window(positions_T[:, None] - (number * S + steps_S)[None], window)
+            seen_KQS = jnp.broadcast_to(seen_TS[None, None], (K, N // K, T, S)).reshape(scores_KQS.shape)
             scores_KQS = jnp.where(seen_KQS, scores_KQS, -jnp.inf)
             new_largest_KQ1 = jnp.maximum(largest_KQ1, scores_KQS.max(-1, keepdims=True))
             weights_KQS, kept_KQ1 = jnp.exp(scores_KQS - new_largest_KQ1), jnp.exp(largest_KQ1 - new_largest_KQ1)
-            block_KQH = jnp.einsum(
+            page_KQH = jnp.einsum(
                 "KQS,KSH->KQH", weights_KQS.astype(v_KSH.dtype), v_KSH, preferred_element_type=jnp.float32
             )
             sums_KQ1 = sums_KQ1 * kept_KQ1 + weights_KQS.sum(-1, keepdims=True)
-            return new_largest_KQ1, sums_KQ1, attended_KQH * kept_KQ1 + block_KQH
+            return new_largest_KQ1, sums_KQ1, attended_KQH * kept_KQ1 + page_KQH
 
-        valid_T = positions_T < S
-        first = 0 if window is None else jnp.maximum(positions_T.min() - window + 1, 0) // BLOCK
-        blocks = jnp.max(jnp.where(valid_T, positions_T // BLOCK + 1, 0))
+        valid_T = positions_T < size
+        first = 0 if window is None else jnp.maximum(positions_T.min() - window + 1, 0) // S
+        pages = jnp.max(jnp.where(valid_T, positions_T // S + 1, 0))
         nothing = [jnp.full((*q_KQH.shape[:2], n), x, jnp.float32) for n, x in ((1, FLOOR), (1, 0.0), (H, 0.0))]
-        _, sums_KQ1, attended_KQH = jax.lax.fori_loop(first, blocks, add_block, tuple(nothing))
+        _, sums_KQ1, attended_KQH = jax.lax.fori_loop(first, pages, add_page, tuple(nothing))
         attended_KQH = attended_KQH / jnp.where(sums_KQ1 > 0, sums_KQ1, 1.0)
         return attended_KQH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H).astype(q_TNH.dtype)
 
     with jax.named_scope("cached_attention"):
-        valid_B = (positions_BT < S).any(axis=1)
-        return EACH_ROW[jax.default_backend()](attend, valid_B, q_BTNH, rows_B, positions_BT)
+        valid_B = (positions_BT < size).any(axis=1)
+        return EACH_ROW[jax.default_backend()](attend, valid_B, q_BTNH, pages_BM, positions_BT)
 
 
 def one_by_one(function: Callable[..., jax.Array], valid_B: jax.Array, *rows: jax.Array) -> jax.Array:

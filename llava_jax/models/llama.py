@@ -1,6 +1,7 @@
 """LLaMA decoder (Touvron et al. 2023) and its relatives, the language model f of the paper.
 
-Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, C cache rows.
+Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, C rows or
+pages of a cache, M pages of a sequence.
 """
 
 import functools
@@ -21,14 +22,17 @@ from llava_jax.models.registry import FAMILIES
 
 
 class KVCache(NamedTuple):
-    """Keys and values of each layer, [C, K, S, H]: entry s of a row is the token at position s of its sequence."""
+    """Keys and values of each layer, [C, K, S, H]: entry s of a row is the token at position s of its sequence.
+
+    Or, if sequences are in pages of S positions, entry s of page m of a sequence is the token at position m S + s.
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
 
     @property
     def size(self) -> int:
-        """S, the number of positions that a row has room for."""
+        """S, the number of positions that a row or a page has room for."""
         return self.k[0].shape[2]
 
 
@@ -70,7 +74,7 @@ class Llama(nnx.Module):
             return self.norm(x_BTD)
 
     def extend(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None, rows_B: jax.Array | None = None
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None, pages_BM: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
         """T more tokens of B sequences -> hidden states [B, T, D], and the cache with their keys and values.
 
@@ -78,10 +82,10 @@ class Llama(nnx.Module):
 
         Args:
           x_BTD: embedded tokens.
-          positions_BT: int32. Those of a sequence follow each other. A token at position S or beyond is padding: it is
-            not stored, and its hidden state means nothing.
+          positions_BT: int32. Those of a sequence follow each other. A token at position S (with pages, M S) or beyond
+            is padding: it is not stored, and its hidden state means nothing.
           cache: of the tokens before; None where these are the first, at positions 0 ... T - 1: S is T then.
-          rows_B: the row of the cache that holds each sequence; None where sequence b is row b.
+          pages_BM: int32, the pages of the cache that hold each sequence, in order; None where sequence b is row b.
         """
         spans = self.config.spans
         rotations = [self.rotation(positions_BT, span) for span in spans]
@@ -89,12 +93,15 @@ class Llama(nnx.Module):
         queries, keys = (jnp.arange(T)[None], T) if cache is None else (positions_BT, cache.size)
         before_BTS = queries[:, :, None] - jnp.arange(keys)[None, None]
         seen = [within_window(before_BTS, span.window) for span in spans]
-        rows_B11 = jnp.arange(B).reshape(B, 1, 1) if rows_B is None else rows_B.reshape(B, 1, 1)
-        entries = (rows_B11, jnp.arange(self.config.num_kv_heads)[None, :, None], positions_BT[:, None])
+        rows_BT, steps_BT = jnp.arange(B)[:, None], positions_BT
+        if pages_BM is not None:
+            numbers_BT, steps_BT = jnp.divmod(positions_BT, cache.size)
+            rows_BT = jnp.take_along_axis(pages_BM, numbers_BT, axis=1, mode="fill", fill_value=len(cache.k[0]))
+        entries = (rows_BT[:, None], jnp.arange(self.config.num_kv_heads)[None, :, None], steps_BT[:, None])
 
         def attend(q_BTNH: jax.Array, k_CKSH: jax.Array, v_CKSH: jax.Array, span: int) -> jax.Array:
-            if rows_B is not None:
-                return cached_attention(q_BTNH, k_CKSH, v_CKSH, rows_B, positions_BT, spans[span].window)
+            if pages_BM is not None:
+                return cached_attention(q_BTNH, k_CKSH, v_CKSH, pages_BM, positions_BT, spans[span].window)
             # The rows of a batch are about as long as each other: looking at all S positions at once is faster then.
             k_RSH, v_RSH = (x.reshape(-1, *x.shape[2:]) for x in (k_CKSH, v_CKSH))
             with jax.named_scope("attention"):

@@ -60,6 +60,8 @@ class _EngineCollector:
         "busy": ("llava_slots_busy", "Answers being generated"),
         "queued": ("llava_queue_length", "Requests that wait for a slot"),
         "adapters": ("llava_adapters", "Adapters that are loaded"),
+        "pages": ("llava_cache_pages", "Pages for keys and values, of 256 positions each"),
+        "pages_used": ("llava_cache_pages_used", "Of these, pages of answers being generated"),
     }
     COUNTERS = {
         "prompt_tokens": ("llava_prompt_tokens", "Positions of prompts, images included"),

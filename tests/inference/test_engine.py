@@ -87,6 +87,31 @@ def test_200_ragged_prompts_are_answered_together_as_one_by_one(engine):
     assert len({text for text, _ in alone}) > 100
 
 
+def test_answers_wait_for_pages_and_stay_the_same(engine):
+    """Three slots with three pages of 256 positions, where two answers need two each: one waits, between two tokens or
+    before its prompt."""
+    page = sum(entry.nbytes // len(entry) for entry in jax.tree.leaves(engine._programs.cache))
+    small = make(slots=3, cache_bytes=3 * page)
+    small.warm_up()
+    assert small.stats().pages == 3 < engine.stats().pages == 12
+    sampling = Sampling(max_new_tokens=150, ignore_eos=True)
+    requests = [question("🦙 " * number) for number in (30, 29, 12)] + ragged(9)
+    lengths = [len(engine.prepare(request).tokens) for request in requests]
+    assert sum(length <= 256 < length + 150 for length in lengths) >= 2
+    used, decode = [], small._programs.decode
+
+    def watched(slots, *rest):
+        used.append((small.stats().pages_used, (slots.positions < small._programs.positions).sum(), small.stats().busy))
+        return decode(slots, *rest)
+
+    small._programs.decode = watched
+    together = [text(answer) for answer in [small.submit(request, sampling) for request in requests]]
+    assert together == [ask(engine, request, sampling) for request in requests]
+    assert max(pages for pages, *_ in used) == 3 and any(computed < busy for _, computed, busy in used)
+    assert small.stats().pages_used == 0
+    small.close()
+
+
 def test_answers_are_those_of_the_generator(engine):
     requests = ragged(12)
     answers = [engine.submit(request, SHORT) for request in requests]

@@ -49,7 +49,7 @@ def test_a_quantized_decoder_is_near_the_decoder(tied):
             quantize_decoder(model.llm)
         cache = KVCache(*((jnp.zeros((1, 2, 256, 12)),) * 2 for _ in "kv"))
         positions = jnp.arange(30)[None]
-        hidden, _ = model.llm.extend(model.embed(positions * 7), positions, cache, jnp.zeros(1, jnp.int32))
+        hidden, _ = model.llm.extend(model.embed(positions * 7), positions, cache, jnp.zeros((1, 1), jnp.int32))
         return model.llm.logits(hidden), sum(leaf.nbytes for leaf in jax.tree.leaves(model.llm.layers))
 
     (exact, size), (near, small) = logits(False), logits(True)

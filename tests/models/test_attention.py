@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from llava_jax.models.attention import (
     BACKENDS,
-    BLOCK,
     attention,
     cached_attention,
     causal_segment_mask,
@@ -175,15 +174,16 @@ def test_a_vision_tower_has_577_tokens_and_heads_of_64(backend, monkeypatch):
 @pytest.mark.parametrize("window", [None, 100])
 def test_rows_of_a_cache_are_attended_to_alone_as_among_many_to_the_last_bit(window):
     rng = np.random.default_rng(0)
-    rows, kv_heads, S = 6, 2, 3 * BLOCK
+    rows, kv_heads, size = 6, 2, 256
+    S = 3 * size
     q = jnp.asarray(rng.normal(size=(rows, 1, N, H)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(rows + 2, kv_heads, S, H)), jnp.float32) for _ in "kv")
-    conversations = jnp.array([7, 0, 3, 1, 2, 5])
+    k, v = (jnp.asarray(rng.normal(size=(20, kv_heads, size, H)), jnp.float32) for _ in "kv")
+    pages = jnp.asarray(rng.permutation(20)[: 3 * rows].reshape(rows, 3))
     positions = jnp.array([[5], [300], [S], [700], [256], [255]])  # the third row does nothing
 
     @jax.jit
     def attend(positions):
-        return cached_attention(q, k, v, conversations, positions, window)
+        return cached_attention(q, k, v, pages, positions, window)
 
     many = attend(positions)
     for row, position in enumerate(positions[:, 0].tolist()):
@@ -191,6 +191,6 @@ def test_rows_of_a_cache_are_attended_to_alone_as_among_many_to_the_last_bit(win
         np.testing.assert_array_equal(alone[row], many[row])
         if position < S:
             seen = slice(0 if window is None else max(position - window + 1, 0), position + 1)
-            keys, values = (x[conversations[row], :, seen].swapaxes(0, 1)[None] for x in (k, v))
+            keys, values = (jnp.concatenate(x[pages[row]], axis=1)[:, seen].swapaxes(0, 1)[None] for x in (k, v))
             expected = dense_attention(q[row][None], keys, values)[0]
             np.testing.assert_allclose(many[row], expected, rtol=0, atol=1e-5)

@@ -121,7 +121,8 @@ def test_bad_arguments_are_errors_of_one_line(args, message):
 
 def test_slots_that_do_not_fit_say_what_they_would_take(checkpoint):
     with pytest.raises(
-        UserError, match=r"^100000000 slots of \d+ positions take [\d.]+ GB .* lower --slots or --context$"
+        UserError,
+        match=r"^100000000 slots take [\d.]+ GB for keys and values at least, .* room for [\d.]+ GB: lower --slots$",
     ):
         command.main(
             ["--checkpoint", str(checkpoint), "--port", "0", "--slots", "100000000", "--compilation-cache", ""]
