@@ -112,6 +112,13 @@ def test_answers_wait_for_pages_and_stay_the_same(engine):
     small.close()
 
 
+def test_memory_that_is_too_small_for_one_answer_is_refused():
+    with pytest.raises(
+        UserError, match=r"^512 positions take .* GB .* at least, .* lower --context or raise --cache-mb$"
+    ):
+        make(cache_bytes=1)
+
+
 def test_answers_are_those_of_the_generator(engine):
     requests = ragged(12)
     answers = [engine.submit(request, SHORT) for request in requests]
