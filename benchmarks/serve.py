@@ -352,7 +352,7 @@ def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any
             *((jnp.zeros((1, text.num_kv_heads, WINDOW, text.head_dim), dtype),) * text.num_layers for _ in "kv")
         )
         positions = jnp.arange(WINDOW)[None]
-        hidden, _ = model.llm.extend(model.embed(window[None]), positions, cache, jnp.zeros(1, jnp.int32))
+        hidden, _ = model.llm.extend(model.embed(window[None]), positions, cache, jnp.zeros((1, 1), jnp.int32))
         return jax.nn.log_softmax(model.llm.logits(hidden[0]))
 
     return np.stack([np.asarray(forward(weights, window)) for window in ids])

@@ -77,6 +77,7 @@ class Batch:
         self._programs = programs
         self._prefix_cache, self._tiles = PrefixCache(programs.pages, PAGE), LruIndex(programs.images)
         self.running: list[Running] = []
+        self._waits_for_page = False  # an answer, between two tokens
 
     @property
     def full(self) -> bool:
@@ -109,6 +110,7 @@ class Batch:
         """The next prompt, or several whose ends are computed in one dispatch, in no more positions than one by one;
         none if the next one has to wait for pages."""
         waiting = [running for running in self.running if not running.tokens]
+        waiting.sort(key=lambda running: running.held is None)  # else one could hold pages and wait behind another
         chosen = self._joined(waiting) or waiting[:1]
         begun = list(itertools.takewhile(self._begin, chosen))
         return self._joined(begun) or begun[:1]  # again: one may have lost what it begins like
@@ -118,6 +120,8 @@ class Batch:
         waits: it will find in the cache what both have in common."""
         joined, alone, free = [], 0, PIECES
         for running in waiting if self._programs.joins and len(waiting) > 1 else ():
+            if not free:
+                break
             contents, known = running.prompt.contents, running.done
             if running.held is None:
                 known = self._prefix_cache.known(contents)
@@ -132,9 +136,11 @@ class Batch:
 
     def _begin(self, running: Running) -> bool:
         """Finds pages for a prompt, if it has none -> whether there are enough. Not before its turn: the prompt before
-        it may begin in the same way."""
+        it may begin in the same way. Not while an answer waits for a page either, which gets the next one."""
         if running.held:
             return True
+        if self._waits_for_page:
+            return False
         prompt = running.prompt
         longest = len(prompt.tokens) + running.answer.sampling.max_new_tokens
         placement = self._prefix_cache.begin(prompt.contents, longest)
@@ -214,7 +220,9 @@ class Batch:
     def _decode(self, begun: Sequence[Running], steps: int) -> list[Answer]:
         """Generates at most so many more tokens of answers -> those that ended. An answer without a page for them waits
         until another one ends."""
-        begun = [running for running in begun if self._has_room(running, steps)]
+        having_room = [running for running in begun if self._has_room(running, steps)]
+        self._waits_for_page = len(having_room) < len(begun)
+        begun = having_room
         if not begun:
             return []
         B = next(size for size in self._programs.sizes if size >= len(begun))

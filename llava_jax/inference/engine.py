@@ -69,7 +69,8 @@ class Engine:
         # Room of the cache besides that of the slots, in answers of the whole context. It keeps finished conversations,
         # whose next turns reuse them; by default half as many as slots.
         kept: int | None = None,
-        cache_bytes: int | None = None,  # of keys and values, where that is less; also less where memory is short
+        cache_bytes: int
+        | None = None,  # of keys and values on a device, if that is less than what slots and `kept` need
         images: int = 64,  # for how many images, or tiles of AnyRes, the features are cached
         quantize: str | None = None,  # "int8" stores the decoder's weights in eight bits
         mesh: Mesh | None = None,  # over which the model's parameters are sharded
@@ -86,7 +87,7 @@ class Engine:
         self._programs = Programs(
             model,
             slots=slots,
-            rows=slots + (slots // 2 if kept is None else kept),
+            answers=slots + (slots // 2 if kept is None else kept),
             cache_bytes=cache_bytes,
             positions=self.context,
             images=max(images, in_a_chunk),

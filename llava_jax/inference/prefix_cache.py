@@ -81,7 +81,7 @@ class Held:
 
     contents: np.ndarray
     pages: list[int]
-    most: int  # pages that it may need before it ends
+    most: int  # pages in all that it may need
 
 
 class Placement(NamedTuple):
@@ -115,54 +115,59 @@ class PrefixCache:
     def begin(self, contents: np.ndarray, longest: int) -> Placement | None:
         """Pages for a prompt, whose answer ends at position `longest` at the latest; None if it has to wait."""
         source, known = self._closest(contents[:-1])  # the last position gives a token
-        whole, rest = divmod(known, self._size)
-        shared = source.pages[:whole] if source else []
-        copied = source.pages[whole : whole + 1] if rest else []
-        held = Held(contents[:known], list(shared), -(-longest // self._size))
-        self._users[shared + copied] += 1  # so that they stay as they are
+        whole = known // self._size
+        held = Held(contents[:known], source.pages[:whole] if source else [], -(-longest // self._size))
+        copied = source.pages[whole] if known % self._size else None
         self._running.append(held)
-        fits = self.extend(held, len(contents))
-        self._give_back(copied)
-        if not fits:
-            self._running.remove(held)
-            self._give_back(held.pages)
-            return None
+        self._users[held.pages] += 1
+        if not self.extend(held, len(contents), copied):
+            held.contents, copied = contents[: whole * self._size], None  # maybe without the page to be copied
+            if not self.extend(held, len(contents)):
+                self._running.remove(held)
+                self._give_back(held.pages)
+                return None
         if source in self._kept:
             self._kept.remove(source)
-            self._kept.append(source)
-        return Placement(held, (copied[0], held.pages[whole]) if copied else None)
+            if known < len(source.contents):
+                self._kept.append(source)
+            else:  # it is continued: nothing else can begin with more of it
+                self._give_back(source.pages)
+        return Placement(held, None if copied is None else (copied, held.pages[whole]))
 
-    def extend(self, held: Held, positions: int) -> bool:
-        """Gives a running sequence the pages for so many positions, or returns False: it has to wait."""
+    def extend(self, held: Held, positions: int, copied: int | None = None) -> bool:
+        """Gives a running sequence the pages for so many positions, not page `copied`, or returns False: it has to
+        wait."""
         wanted = -(-positions // self._size) - len(held.pages)
         if wanted <= 0:
             return True
-        if not self._is_safe(held, wanted):
+        if not self._is_safe(held, wanted, copied):
             return False
-        while len(self._free) < wanted and self._kept:
+        pinned = [] if copied is None else [copied]
+        self._users[pinned] += 1
+        while len(self._free) < wanted:
             self._give_back(self._kept.pop(0).pages)
-        if len(self._free) < wanted:  # a page is about to be copied
-            return False
         new = [self._free.pop() for _ in range(wanted)]
+        self._give_back(pinned)
         self._users[new] += 1
         held.pages += new
         return True
 
-    def _is_safe(self, held: Held, wanted: int) -> bool:
-        """Whether all running sequences can end one after another if this one gets so many pages more."""
-        pages = np.array([page for each in self._running for page in each.pages], int)
-        users = np.bincount(pages, minlength=len(self._users))
-        unused = int((users == 0).sum()) - wanted
-        left = []
+    def _is_safe(self, held: Held, wanted: int, copied: int | None) -> bool:
+        """Whether all running sequences can end one after another if this one gets so many of the pages that they don't
+        have, nor is page `copied`."""
+        users = np.zeros(len(self._users), int)
         for each in self._running:
-            more = wanted if each is held else 0
-            own = int((users[each.pages] == 1).sum())
-            left.append((each.most - len(each.pages) - more, own + more))
-        for needed, freed in sorted(left):
-            if needed > unused:
+            users[each.pages] += 1
+        unused = int((users == 0).sum()) - wanted - (copied is not None and users[copied] == 0)
+        if unused < 0:
+            return False
+        left = {id(each): each.most - len(each.pages) - wanted * (each is held) for each in self._running}
+        for each in sorted(self._running, key=lambda each: left[id(each)]):
+            if left[id(each)] > unused:
                 return False
-            unused += freed
-        return unused >= 0
+            users[each.pages] -= 1
+            unused += int((users[each.pages] == 0).sum()) + wanted * (each is held)
+        return True
 
     def end(self, held: Held) -> None:
         """The answer is finished. Its sequence is kept, if it has a page of its own."""
@@ -189,7 +194,7 @@ class PrefixCache:
         """The sequence that begins with most of these positions, and how many they are."""
         closest, length = None, 0
         for held in itertools.chain(self._running, self._kept):
-            if not np.array_equal(held.contents[length : length + 1], contents[length : length + 1]):
+            if length == min(len(held.contents), len(contents)) or held.contents[length] != contents[length]:
                 continue  # it has no more in common
             if (common := common_length(held.contents, contents)) > length:
                 closest, length = held, common

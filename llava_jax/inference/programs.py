@@ -1,13 +1,14 @@
 """The engine's programs, which have fixed shapes and are compiled ahead, and the arrays that they work on.
 
-Axes: B slots, T tokens, D embed, P patches an image (or tile), C rows of the cache, I images (or tiles) whose features
-are cached.
+Axes: B slots, T tokens, D embed, P patches an image (or tile), C pages of the cache, M pages of an answer, I images (or
+tiles) whose features are cached.
 """
 
 import contextlib
 import functools
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.features import TEXT
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, decode, sample, with_logprobs
 from llava_jax.inference.quantization import quantize_decoder
@@ -89,8 +90,8 @@ class Programs:
         model: Llava,  # its layers are rearranged for decoding
         *,
         slots: int,  # B
-        rows: int,  # for how many answers of all positions pages are wanted
-        cache_bytes: int | None = None,  # that they may take on all devices together; by default `MEMORY_SHARE`
+        answers: int,  # for how many of all positions pages are wanted
+        cache_bytes: int | None = None,  # that they may take on a device; no more than `MEMORY_SHARE` in any case
         positions: int,  # of an answer and its prompt, rounded up to whole pages
         images: int,  # I
         stop_ids: list[int],  # tokens that end answers
@@ -112,13 +113,14 @@ class Programs:
         self._compiled: dict[str | tuple[int, int], Callable] = {}
         self._compiling = threading.Lock()
 
-        sharding = _cache_sharding(mesh, text.num_kv_heads)
-        page = jax.ShapeDtypeStruct((1, text.num_kv_heads, PAGE, text.head_dim), model.dtype, sharding=sharding)
-        self.pages = self._page_count(rows, 2 * text.num_layers, page, mesh, cache_bytes)
-        entries = page.update(shape=(self.pages, *page.shape[1:]))
-        cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
         features_shape = (images, self.image_tokens, text.hidden_size)
         features = jax.ShapeDtypeStruct(features_shape, model.dtype, sharding=mesh and replicated(mesh))
+        sharding = _cache_sharding(mesh, text.num_kv_heads)
+        page = jax.ShapeDtypeStruct((1, text.num_kv_heads, PAGE, text.head_dim), model.dtype, sharding=sharding)
+        free = free_bytes(mesh.devices.flat[0] if mesh else jax.devices()[0]) - _device_bytes(features)
+        self.pages = self._page_count(answers, 2 * text.num_layers * _device_bytes(page), free, cache_bytes)
+        entries = page.update(shape=(self.pages, *page.shape[1:]))
+        cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
         image = np.zeros((model.config.vision.image_size, model.config.vision.image_size, 3), np.uint8)
         self._shapes = cache, features
         self._stop_ids = np.array(stop_ids, np.int32)
@@ -141,26 +143,28 @@ class Programs:
         self.names = list(self._programs)
         self.reset()
 
-    def _page_count(
-        self, rows: int, arrays: int, page: jax.ShapeDtypeStruct, mesh: Mesh | None, cache_bytes: int | None
-    ) -> int:
-        """Those of `rows` answers with all positions, or as many as there is memory for. `page` is one of an array."""
-        shard = page.sharding.shard_shape(page.shape) if mesh else page.shape
-        size = arrays * math.prod(shard) * page.dtype.itemsize
-        limit = max(MEMORY_SHARE * free_bytes(mesh.devices.flat[0] if mesh else jax.devices()[0]), 0.0)
-        if cache_bytes is not None:
-            limit = min(limit, cache_bytes * size / (arrays * math.prod(page.shape) * page.dtype.itemsize))
-        room = int(limit) // size
+    def _page_count(self, answers: int, page_bytes: int, free: float, cache_bytes: int | None) -> int:
+        """Those of so many answers with all positions, or as many as there is memory for on a device."""
+        limit = max(MEMORY_SHARE * free, 0.0)
+        if given := cache_bytes is not None and cache_bytes < limit:
+            limit = cache_bytes
+        room, wanted = int(limit // page_bytes), answers * self.most_pages
         one_answer = self.most_pages + 1  # and the page of which it may begin with a copy, see `prefix_cache`
         if (least := max(one_answer, self.slots)) > room:
             what, option = f"{self.positions} positions", "--context"
             if self.slots > one_answer:
                 what, option = f"{self.slots} slots", "--slots"
             raise UserError(
-                f"{what} take {least * size / 2**30:.2f} GB for keys and values at least, and there is room for "
-                f"{limit / 2**30:.2f} GB: lower {option}{' or raise --cache-mb' if cache_bytes else ''}"
+                f"{what} take {least * page_bytes / 2**30:.2f} GB for keys and values at least, and there is room for "
+                f"{limit / 2**30:.2f} GB: lower {option}{' or raise --cache-mb' if given else ''}"
             )
-        return min(max(rows * self.most_pages, one_answer), room)
+        if room < wanted and not given:
+            say(
+                f"keys and values get {room * PAGE:,} positions, as the free memory allows, for {self.slots} slots of "
+                f"{self.positions:,}: long answers may wait for each other",
+                file=sys.stderr,
+            )
+        return min(max(wanted, one_answer), room)
 
     def new_chunk(self, shape: tuple[int, int], rules: ScoreRules | None = None) -> PromptChunk:
         """Padding, to be set."""
@@ -286,6 +290,12 @@ def prefill(
 def copy(model: Llava, cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
     """The cache with a copy of page `source` as page `target`."""
     return jax.tree.map(lambda x_CKSH: x_CKSH.at[target].set(x_CKSH[source]), cache)
+
+
+def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """What an array takes on a device."""
+    shape = array.sharding.shard_shape(array.shape) if array.sharding else array.shape
+    return math.prod(shape) * array.dtype.itemsize
 
 
 def free_bytes(device: jax.Device) -> int:

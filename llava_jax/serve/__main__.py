@@ -112,8 +112,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--slots", type=_integer(1), default=8, metavar="N", help="answers at a time (default: 8)")
     add("--queue", type=_integer(1, 100_000), default=64, metavar="N", help="requests that may wait (default: 64)")
     add("--context", type=_integer(1), metavar="N", help="positions of a prompt and its answer")
-    add("--cache-mb", type=_integer(1), metavar="N", help="for keys and values; by default as much as all slots need, "
-        "or most of the free memory where that is less")  # fmt: skip
+    add("--cache-mb", type=_integer(1), metavar="N", help="for keys and values on a device; by default as much as "
+        "one and a half times the slots need, or most of the free memory where that is less")  # fmt: skip
     add("--api-key-file", metavar="F", help="a file with the key that clients need; or set LLAVA_API_KEY")
     add("--allow-remote-images", action="store_true", help="fetch images from public http(s) URLs")
     add("--image-hosts", type=hosts, default=[], metavar="NAME,...", help="with --allow-remote-images: fetch from "

@@ -24,6 +24,7 @@ from llava_jax.inference.generate import Generator
 from llava_jax.inference.programs import CHUNK_SIZES, ENCODE, PIECE, PIECES
 from llava_jax.inference.prompts import ContextExceeded, PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
+from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import build
 from tests.inference.test_generate import CONFIG, IMAGES, TEMPLATE, generator, params, question, tokenizer
 
@@ -32,9 +33,13 @@ REPORTED = Sampling(max_new_tokens=12, logprobs=0)
 LONG = Sampling(max_new_tokens=400)
 
 
-def make(**options) -> Engine:
-    model = build(CONFIG, jax.tree.map(jnp.copy, params()))
-    return Engine(model, PromptEncoder(CONFIG, tokenizer(), TEMPLATE), **{"slots": 4, "queue": 200} | options)
+def make(config: LlavaConfig = CONFIG, **options) -> Engine:
+    model = build(config, jax.tree.map(jnp.copy, params()))
+    return Engine(model, PromptEncoder(config, tokenizer(), TEMPLATE), **{"slots": 4, "queue": 200} | options)
+
+
+def page_bytes(engine: Engine) -> int:
+    return sum(entry.nbytes // len(entry) for entry in jax.tree.leaves(engine._programs.cache))
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +95,7 @@ def test_200_ragged_prompts_are_answered_together_as_one_by_one(engine):
 def test_answers_wait_for_pages_and_stay_the_same(engine):
     """Three slots with three pages of 256 positions, where two answers need two each: one waits, between two tokens or
     before its prompt."""
-    page = sum(entry.nbytes // len(entry) for entry in jax.tree.leaves(engine._programs.cache))
-    small = make(slots=3, cache_bytes=3 * page)
+    small = make(slots=3, cache_bytes=3 * page_bytes(engine))
     small.warm_up()
     assert small.stats().pages == 3 < engine.stats().pages == 12
     sampling = Sampling(max_new_tokens=150, ignore_eos=True)
@@ -109,6 +113,57 @@ def test_answers_wait_for_pages_and_stay_the_same(engine):
     assert together == [ask(engine, request, sampling) for request in requests]
     assert max(pages for pages, *_ in used) == 3 and any(computed < busy for _, computed, busy in used)
     assert small.stats().pages_used == 0
+    small.close()
+
+
+LONGER = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, max_position_embeddings=2048))
+
+
+def wait_for_all(answers: list[Answer], seconds: float = 120.0) -> None:
+    """Waits until they have ended."""
+    began = time.monotonic()
+    while not all(answer.finish_reason for answer in answers):
+        assert time.monotonic() - began < seconds, "answers wait for each other"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_answer_waits_forever(engine, seed):
+    """Random prompts, some of which continue or repeat others, on as few pages as eight slots can have. Prompts are
+    joined wherever they may be, and some answers are cancelled."""
+    small = make(LONGER, slots=8, cache_bytes=9 * page_bytes(engine))
+    small._programs.joins = set(CHUNK_SIZES)
+    rng, texts = np.random.default_rng(seed), []
+    for _ in range(60):
+        begun = texts[rng.integers(len(texts))] if texts and rng.random() < 0.5 else ""
+        texts.append((begun + "".join(rng.choice(list("abc \n"), rng.integers(1, 700))))[:1100])
+    answers = [
+        small.submit(question(text), Sampling(max_new_tokens=int(rng.integers(1, 600)), ignore_eos=True))
+        for text in texts
+    ]
+    for answer in rng.choice(answers, 5):
+        answer.cancel()
+    wait_for_all(answers)
+    for answer in answers:
+        assert answer.finish_reason == "cancelled" or answer.completion_tokens == answer.sampling.max_new_tokens
+    assert small.stats().pages == 9 and small.stats().pages_used == 0
+    small.close()
+
+
+def test_an_answer_that_waits_for_a_page_gets_it_before_new_prompts(engine):
+    """A long one beside many short ones, which take the other pages until the queue is empty."""
+    small = make(LONGER, slots=8, context=1024, cache_bytes=8 * page_bytes(engine))
+    ended: list[int] = []
+
+    def submit(number: int, most: int) -> Answer:
+        def sink(piece: object) -> None:
+            if piece is None:
+                ended.append(number)
+
+        return small.submit(question(str(number)), Sampling(max_new_tokens=most, ignore_eos=True), sink)
+
+    wait_for_all([submit(0, 900), *(submit(number, 100) for number in range(1, 120))])
+    assert ended.index(0) < 0.8 * len(ended)
     small.close()
 
 

@@ -15,7 +15,6 @@ class Memory:
 
     def __init__(self, pages: int):
         self.cache, self.pages = PrefixCache(pages, SIZE), np.full((pages, SIZE), -1)
-        self.finished: list[Held] = []
 
     def read(self, held: Held) -> list[int]:
         return self.pages[held.pages].ravel()[: len(held.contents)].tolist()
