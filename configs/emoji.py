@@ -29,7 +29,7 @@ def get_config(stage: str = "") -> ConfigDict:
         config.pack = True
         config.row_length = 480  # three or four conversations; attention to longer rows costs more
         config.batch_rows = 4
-        config.steps = 120
+        config.steps = 100
         config.learning_rate = 3e-4
         config.projector_learning_rate = 1e-3
     else:
