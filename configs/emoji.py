@@ -21,15 +21,16 @@ def get_config(stage: str = "") -> ConfigDict:
         config.template = "plain"
         config.max_length = 44  # 36 of the image
         config.batch_rows = 16
-        config.learning_rate = 2e-3
-        config.warmup_ratio = 0.1  # with less, or a higher rate, the loss first rises for a hundred steps
+        config.epochs = 2.0  # here the names are learned
+        config.learning_rate = 4e-3
+        config.warmup_ratio = 0.1  # with less the loss may first rise for a hundred steps
     elif stage == "finetune":
         config.template = "chatml"
         config.max_length = 320
         config.pack = True
         config.row_length = 480  # three or four conversations; attention to longer rows costs more
         config.batch_rows = 4
-        config.steps = 120
+        config.steps = 60
         config.learning_rate = 3e-4
         config.projector_learning_rate = 1e-3
     else:

@@ -60,7 +60,7 @@ def steps(root: Path, short: bool) -> list[Step]:
     images = ("--images", f"{root}/images")
     imported = ("--llm", f"{language_model()}", "--vision", f"{root}/clip", "--output", f"{root}/import")
     return [
-        Step("data", 30, ("examples.emoji.data", "--root", f"{root}", "--packages", f"{ROOT}/packages", *every)),
+        Step("data", 20, ("examples.emoji.data", "--root", f"{root}", "--packages", f"{ROOT}/packages", *every)),
         Step("tower", 540, ("examples.emoji.tower", "--root", f"{root}", *epochs)),
         Step(
             "captions", 5,
@@ -69,10 +69,10 @@ def steps(root: Path, short: bool) -> list[Step]:
         ),
         Step("conversations", 20, ("examples.emoji.teacher", "--root", f"{root}")),
         Step("import", 20, ("llava_jax.convert", "import", *imported, "--template", "chatml", "--aspect", "square")),
-        Step("stage 1", 420, (*training(root, "pretrain", "import", "data/captions.json"), *few)),
-        Step("stage 2", 900, (*training(root, "finetune", "pretrain", "made/llava.json"), *few)),
+        Step("stage 1", 1000, (*training(root, "pretrain", "import", "data/captions.json"), *few)),
+        Step("stage 2", 640, (*training(root, "finetune", "pretrain", "made/llava.json"), *few)),
         Step(
-            "answers", 200,
+            "answers", 80,
             ("llava_jax.evaluate", "predict", "exact", "--checkpoint", f"{root}/finetune", "--batch-rows", "32",
              "--max-tokens", "16", "--questions", questions, *images, "--output", f"{root}/answers/assistant.jsonl"),
         ),
