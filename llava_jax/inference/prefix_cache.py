@@ -194,7 +194,7 @@ class PrefixCache:
         """The sequence that begins with most of these positions, and how many they are."""
         closest, length = None, 0
         for held in itertools.chain(self._running, self._kept):
-            if length == min(len(held.contents), len(contents)) or held.contents[length] != contents[length]:
+            if length >= min(len(held.contents), len(contents)) or held.contents[length] != contents[length]:
                 continue  # it has no more in common
             if (common := common_length(held.contents, contents)) > length:
                 closest, length = held, common
