@@ -6,13 +6,16 @@ import resource
 import socket
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from serving import eventually, serving
+from uvicorn.server import ServerState
 
-from llava_jax.serve.connection import OTHER_FILES, Limits, connection_limit
+from llava_jax.serve.connection import OTHER_FILES, Connection, Limits, connection_limit
 from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.log import Log
 
@@ -150,6 +153,14 @@ def test_too_many_connections_close_those_that_wait(app):
         assert any(map(is_closed, silent))
         for connection in silent:
             connection.close()
+
+
+def test_connections_of_one_moment_have_an_order():
+    """The clock of uvloop is the same for all that happens in a millisecond."""
+    config, stopped = uvicorn.Config(FastAPI(), log_config=None), SimpleNamespace(time=lambda: 1.0)
+    config.load()
+    first, second = (Connection(config, ServerState(), {}, stopped, limits=Limits()) for _ in range(2))
+    assert first.heard < second.heard
 
 
 def test_stalled_streams_hold_nobody_up(app):
