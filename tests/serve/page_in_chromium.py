@@ -796,6 +796,31 @@ def test_a_reload_keeps_what_there_is_of_an_answer(page, engine, monkeypatch):
     wait_until_answered(page, 2)
 
 
+# Browsers drop a transaction that has not finished when its page goes away.
+UNFINISHED = """
+IDBObjectStore.prototype.put = () => {};
+Object.defineProperty(IDBTransaction.prototype, 'oncomplete', { set() {} });
+"""
+
+
+def test_a_reload_keeps_what_was_not_saved_yet(scripted, script, png):
+    script.reply = lambda body: ["one"]
+    attach(scripted, png)
+    send(scripted, "It?")
+    wait_until_answered(scripted, 1)
+    scripted.reload()  # the image is kept by now
+    wait_until_answered(scripted, 1)
+    scripted.evaluate(UNFINISHED)
+    button(scripted, "Bad answer").click()
+    scripted.reload()
+    expect(button(scripted, "Bad answer")).to_have_attribute("aria-pressed", "true")
+    expect(questions(scripted).locator("img")).to_have_js_property("complete", True)
+    button(scripted, "Good answer").click()  # what is saved later takes its place
+    assert eventually(lambda: scripted.evaluate("localStorage.getItem('llava_jax.unsaved')") is None)
+    scripted.reload()
+    expect(button(scripted, "Good answer")).to_have_attribute("aria-pressed", "true")
+
+
 def test_a_reload_before_the_answer_gives_the_question_back(scripted, script, png):
     script.reply = lambda body: [threading.Event()]
     attach(scripted, png)

@@ -26,6 +26,7 @@ let model = null; // its name, while the server is ready
 let wanted = store.recall("llava_jax.model"); // the one that was chosen
 let connecting = false;
 let saving = 0; // a timer
+let unfinished = 0; // how many `save` did not finish yet
 
 /** Waits until the server is ready and knows the key. */
 async function connect(keyWasWrong = false) {
@@ -207,8 +208,10 @@ const complain = (text) => say(text, null, "bad");
 function save() {
   clearTimeout(saving);
   saving = 0;
+  unfinished += 1;
   const failed = (error) => complain(`This browser does not keep the conversation: ${error.message}`);
-  return store.save(conversation).then(() => busy || store.tabs.postMessage("saved"), failed);
+  const done = () => busy || store.tabs.postMessage("saved");
+  return store.save(conversation).finally(() => (unfinished -= 1)).then(done, failed);
 }
 
 /** The conversation as it was kept. What was asked without getting any answer goes back to the text box. */
@@ -217,8 +220,6 @@ async function restore() {
   if (!kept) return;
   [conversation, editing] = [kept, null];
   const last = kept.messages.at(-1);
-  const unsaved = store.recall("llava_jax.partial", "sessionStorage") ?? "";
-  if (last?.partial && unsaved.startsWith(last.text)) last.text = unsaved;
   if (last?.partial && !last.text) fill(...kept.messages.splice(-2));
   else if (last?.partial) Object.assign(last, { partial: false, note: "The answer was interrupted." });
   draw();
@@ -469,7 +470,7 @@ document.ondragover = document.ondragleave = document.ondrop = (event) => {
   else complain("That is no file: save the image first, then drop the file.");
 };
 window.onpagehide = () => {
-  if (busy) store.remember("llava_jax.partial", conversation.messages.at(-1)?.text ?? null, "sessionStorage");
+  if (busy || unfinished) store.saveTexts(conversation);
 };
 window.onfocus = refresh;
 store.tabs.onmessage = () => busy || restore();

@@ -42,18 +42,28 @@ async function begin(mode) {
 
 const imagesOf = (messages) => messages.flatMap((m) => m.parts ?? []).flatMap((part) => part.image ?? []);
 
+/** The conversation without what its images show. */
+function textsOf({ system, messages }) {
+  const bare = ({ text, image }) => (image ? { image: { id: image.id, name: image.name } } : { text });
+  return { system, messages: messages.map((m) => (m.parts ? { ...m, parts: m.parts.map(bare) } : m)) };
+}
+
+const UNSAVED = "llava_jax.unsaved";
+
+/** Keeps the texts at once, for a page that goes away: browsers drop what `save` has not finished then. */
+export const saveTexts = (conversation) => remember(UNSAVED, JSON.stringify(textsOf(conversation)));
+
 /** Writes the conversation and its new images, and removes the images of no message: all or nothing. */
 export async function save({ system, messages }) {
   const [transaction, conversation, images] = await begin("readwrite");
-  const bare = ({ text, image }) => (image ? { image: { id: image.id, name: image.name } } : { text });
-  const texts = messages.map((m) => (m.parts ? { ...m, parts: m.parts.map(bare) } : m));
-  conversation.put({ system, messages: texts }, "current");
+  conversation.put(textsOf({ system, messages }), "current");
   const wanted = new Map(imagesOf(messages).map((image) => [image.id, image.blob]));
   images.getAllKeys().onsuccess = ({ target }) => {
     for (const id of target.result) if (!wanted.delete(id)) images.delete(id);
     for (const [id, blob] of wanted) images.put(blob, id);
   };
   await done(transaction);
+  remember(UNSAVED, null);
 }
 
 /** -> the conversation that was saved last, or undefined. */
@@ -61,6 +71,9 @@ export async function load() {
   const [, conversation, images] = await begin("readonly");
   const requests = [conversation.get("current"), images.getAllKeys(), images.getAll()];
   const [saved, ids, blobs] = await Promise.all(requests.map(done));
-  for (const image of imagesOf(saved?.messages ?? [])) image.blob = blobs[ids.indexOf(image.id)];
-  return saved;
+  const unsaved = attempt(() => JSON.parse(recall(UNSAVED)));
+  const whole = unsaved && imagesOf(unsaved.messages).every((image) => ids.includes(image.id));
+  const last = whole ? unsaved : saved;
+  for (const image of imagesOf(last?.messages ?? [])) image.blob = blobs[ids.indexOf(image.id)];
+  return last;
 }
