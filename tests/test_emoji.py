@@ -31,8 +31,8 @@ from llava_jax.llm_api.ledger import Ledger
 from llava_jax.models.config import VisionConfig
 from llava_jax.training import config_check
 
-NAMES = ("red ox", "teal fox", "green bat", "blue rose", "gold rice", "pink wine", "grey bus")
-SUBGROUPS = ("animal-mammal", "animal-mammal", "animal-mammal", "plant-flower", "food-asian", "drink", "transport-air")
+NAMES = ("red ox", "teal fox", "green bat", "blue plum", "gold rice", "pink wine", "grey cake")
+SUBGROUPS = ("animal-mammal", "animal-mammal", "animal-mammal", "food-fruit", "food-asian", "drink", "food-sweet")
 COLOURS = ("red", "teal", "green", "blue", "gold", "pink", "grey")
 IDS = [f"1f4{n:02x}" for n in range(len(NAMES))]
 TINY = VisionConfig(32, 64, num_layers=3, num_heads=2, image_size=16, patch_size=8, projection_dim=16)

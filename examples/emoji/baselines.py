@@ -2,7 +2,7 @@
 
 frequent  the most frequent right answer to questions of a category
 pixels    what the nearest drawing of the vendors that are trained on would be right for, by squared differences of
-          8 x 8 pixels
+          6 x 6 pixels
 clip      what the name and the kind nearest to the image in the tower's space would be right for (zero-shot)
 """
 
@@ -19,7 +19,7 @@ from examples.emoji import data
 from examples.emoji.data import ASK_WHETHER, HELD_OUT, KIND, NAME, TRAINED, Emoji
 from llava_jax.cli import Parser, run, say
 
-SIDE = 8  # pixels: 16, 24, 32 and 48 name fewer right
+SIDE = 6  # pixels: 4, 8, 10, 12, 16, 24, 32 and 48 name fewer right
 
 
 def main(argv: list[str] | None = None) -> None:

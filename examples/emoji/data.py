@@ -1,4 +1,4 @@
-"""Emoji of animals, plants, food and transport: images of four vendors, and what is said and asked about them.
+"""Emoji of animals, food and drinks: images of four vendors, and what is said and asked about them.
 
 Three vendors are trained on. The fourth, whose images are the test, is seen by nothing before the evaluation.
 """
@@ -26,19 +26,14 @@ KINDS = {  # by Unicode's subgroup
     "animal-reptile": "reptile or amphibian",
     "animal-marine": "sea animal",
     "animal-bug": "bug",
-    "plant-flower": "plant",
-    "plant-other": "plant",
     "food-fruit": "fruit",
     "food-vegetable": "vegetable",
     "food-prepared": "dish",
     "food-asian": "dish",
     "food-sweet": "dessert",
     "drink": "drink",
-    "transport-ground": "transport",
-    "transport-water": "transport",
-    "transport-air": "transport",
 }
-ARTICLES = {kind: "an" if kind[0] in "aeiou" else "a" for kind in KINDS.values()} | {"transport": "a means of"}
+ARTICLES = {kind: "an" if kind[0] in "aeiou" else "a" for kind in KINDS.values()}
 VARIATIONS = 4  # images of each drawing to train the assistant on, the drawing itself included
 NAME, KIND, YES_OR_NO = "name", "kind", "yes or no"  # categories of questions
 ASK_NAME, ASK_KIND, ASK_WHETHER = "What is this?", "What kind of thing is it?", "Is it called {name}?"

@@ -20,7 +20,7 @@ from llava_jax.files.writing import atomic_file
 ROOT, SHORT = Path("runs/emoji"), Path("runs/emoji-short")
 ANSWERS = {  # whose answers are scored, by file; the last is the assistant
     "frequent": "the most frequent answer",
-    "pixels": "nearest neighbour, 8 x 8 pixels",
+    "pixels": "nearest neighbour, 6 x 6 pixels",
     "clip": "the CLIP by itself, zero-shot",
     "assistant": "the assistant",
 }
@@ -69,10 +69,10 @@ def steps(root: Path, short: bool) -> list[Step]:
         ),
         Step("conversations", 20, ("examples.emoji.teacher", "--root", f"{root}")),
         Step("import", 20, ("llava_jax.convert", "import", *imported, "--template", "chatml", "--aspect", "square")),
-        Step("stage 1", 1000, (*training(root, "pretrain", "import", "data/captions.json"), *few)),
-        Step("stage 2", 640, (*training(root, "finetune", "pretrain", "made/llava.json"), *few)),
+        Step("stage 1", 760, (*training(root, "pretrain", "import", "data/captions.json"), *few)),
+        Step("stage 2", 1120, (*training(root, "finetune", "pretrain", "made/llava.json"), *few)),
         Step(
-            "answers", 80,
+            "answers", 60,
             ("llava_jax.evaluate", "predict", "exact", "--checkpoint", f"{root}/finetune", "--batch-rows", "32",
              "--max-tokens", "16", "--questions", questions, *images, "--output", f"{root}/answers/assistant.jsonl"),
         ),

@@ -38,7 +38,7 @@ from llava_jax.models.towers.clip import ClipVision, run_layers
 CONFIG = VisionConfig(192, 768, num_layers=5, num_heads=6, image_size=48, patch_size=8, projection_dim=192)
 LAYERS = CONFIG.num_layers - 1  # up to the features that LLaVA selects; the last layer stays as it was made
 SEEN = 0.5  # of the patches, in all epochs but the last tenth
-BATCH, EPOCHS, LEARNING_RATE = 64, 150, 3e-3
+BATCH, EPOCHS, LEARNING_RATE = 64, 210, 3e-3
 BLENDED = 0.3  # share of images between those of two vendors
 WEIGHTS = (1.0, 0.5, 0.5)  # of names, kinds and keywords in the loss
 
