@@ -1,6 +1,7 @@
 """Estimates the tokens and dollars of asking about contexts, from a sample of them. Nothing is sent."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from statistics import mean
 
@@ -33,7 +34,8 @@ def estimate_lines(recipe: Recipe, ledger: Ledger, settings: Settings, limit: in
     if any(settings.prices):
         about = settings.prices.cost(mean(prompts), completion) * count
         worst = mean(map(settings.max_cost, requests)) * count
-        yield f"cost without repairs: about ${about:.2f}; whatever the tokenizer and the answers, at most ${worst:.2f}"
+        most = f"at most ${worst:.2f}" if settings.max_completion_tokens else "without max_tokens there is no limit"
+        yield f"cost without repairs: about ${about:.2f}; whatever the tokenizer and the answers, {most}"
     else:
         yield "cost: unknown without --prices"
 
@@ -44,5 +46,5 @@ def _completion(recipe: Recipe, ledger: Ledger, limit: int) -> tuple[float, str]
         return answered, "the answers in the ledger"
     answers = [estimate_tokens([{"content": answer}]) for _, answer in recipe.prompts.shots]
     if answers:
-        return min(mean(answers), limit), "the examples"
+        return min(mean(answers), limit or math.inf), "the examples"
     return limit, "--max-tokens"

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from llava_jax.cli import UserError
+from llava_jax.data.unsupported import foreign_mark
 from llava_jax.datagen.parsing import Fault, Turns
 
 # reason: the message that asks the model to repair its answer
@@ -62,9 +63,11 @@ def find_fault(turns: Turns, language: str | None) -> Fault | None:
 
 def _faults(turns: Turns, language: str | None) -> Iterator[Fault]:
     for question, answer in turns:
-        for text in (question, answer):
+        for text, asks in ((question, True), (answer, False)):
             if mark := _MARKS.search(text):
                 yield Fault("marks", mark[0])
+            if foreign := foreign_mark(text, asks):  # the sample would be refused where it is read
+                yield Fault("marks", foreign)
         if refusal := find_refusal(answer):
             yield refusal
         for text in (question, answer):

@@ -83,10 +83,9 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
         ask = _ask_in_batches if work.batch else _ask_singly
         outcomes = ask(work, tasks, ledger, what)
         if any(outcome.cut and task.whole is None for task, outcome in zip(tasks, outcomes, strict=True)):
-            whole = ledger.has_thinking()
-            tasks = [task._replace(whole=whole) if task.whole is None else task for task in tasks]
+            thinks = ledger.has_thinking()
             outcomes = [
-                _next(ledger, task, work.attempts) if outcome.cut else outcome
+                _next(ledger, task, work.attempts, thinks) if outcome.cut else outcome
                 for task, outcome in zip(tasks, outcomes, strict=True)
             ]
         spent = ledger.totals()
@@ -210,14 +209,19 @@ def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str
     return [next_of(name) for name in by_name]
 
 
-def _next(ledger: Ledger, task: Task, attempts: int) -> Request | Outcome:
-    """The next request after the answers in the ledger, or the outcome of these."""
+def _next(ledger: Ledger, task: Task, attempts: int, thinks: bool = False) -> Request | Outcome:
+    """The next request after the answers in the ledger, or the outcome of these.
+
+    Args:
+      thinks: whether the model thinks before its answers: one that was cut off in a thought may look like an answer.
+    """
     messages, outcome = task.messages(), Outcome(None, None)
     for attempt in range(attempts):
         request = Request(task.name, attempt, messages)
         if (answer := ledger.answer(request)) is None:
             return request
-        reason = no_answer(answer, bool(task.whole))
+        whole = task.whole if task.whole is not None else thinks and not answer.thought
+        reason = no_answer(answer, whole)
         value = None if reason else task.read(answer.text)
         why = reason or ("" if value is not None else "of another form")
         outcome = Outcome(answer.text, value, why, cut=answer.finish_reason == CUT_OFF)
@@ -230,6 +234,6 @@ def no_answer(answer: Answer, whole: bool = True) -> str:
     """Why an answer does not count; empty if it does."""
     if answer.finish_reason == FILTERED:
         return f"stopped by a filter: {answer.text or ''}".rstrip(": ")
-    if answer.finish_reason == CUT_OFF and ((whole and not answer.thought) or not answer.text):
+    if answer.finish_reason == CUT_OFF and (whole or not answer.text):
         return CUT
     return EMPTY if says_nothing(answer.text or "") else ""

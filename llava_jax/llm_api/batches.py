@@ -68,6 +68,8 @@ class Batches:
     """Makes, sends and collects batches of one server; see `run_batches`."""
 
     def __init__(self, work: Work, ledger: Ledger, request_of: Callable[[str], Request]):
+        if work.budget is not None:
+            work.settings.check_budget()
         self.settings, self.budget, self.poll = work.settings, work.budget, work.poll
         self.ledger, self.request_of = ledger, request_of
         self.api = connect(work.settings)

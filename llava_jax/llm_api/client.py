@@ -32,8 +32,8 @@ class Client:
     """Answers requests from the ledger or by the server; no request is paid twice. `async with` closes it."""
 
     def __init__(self, settings: Settings, ledger: Ledger, budget: Budget):
-        if budget.limit is not None and not settings.max_completion_tokens:
-            raise UserError("a budget needs max_tokens in the requests: without it no answer has a highest price")
+        if budget.limit is not None:
+            settings.check_budget()
         self.settings, self.ledger, self.budget, self.stop = settings, ledger, budget, Stop()
         self.transport = Transport(settings)
         server = self.transport.server

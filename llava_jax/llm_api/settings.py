@@ -30,6 +30,11 @@ class Settings(NamedTuple):
         """0 where the requests set no limit."""
         return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
 
+    def check_budget(self) -> None:
+        """Raises `UserError` if no budget can be kept, since the requests set no limit."""
+        if not self.max_completion_tokens:
+            raise UserError("a budget needs max_tokens in the requests: without it no answer has a highest price")
+
     def max_cost(self, request: Request) -> float:
         """Dollars that the request can cost at most."""
         return self.prices.cost(max_prompt_tokens(request.messages), self.max_completion_tokens)

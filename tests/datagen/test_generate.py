@@ -185,6 +185,9 @@ def test_show_and_dry_run_need_no_server(folder: Path, monkeypatch: pytest.Monke
     assert run(folder, None, "--dry-run", "--prices", 1, 2) == 0
     estimate = capsys.readouterr().out
     assert f"contexts to ask about: {COUNT}" in estimate and "about $0.0" in estimate
+    assert run(folder, None, "--dry-run", "--prices", 1, 2, "--body", '{"max_tokens": null}') == 0
+    estimate = capsys.readouterr().out
+    assert "from the examples: 0 " not in estimate and "the answers, without max_tokens there is no limit" in estimate
     assert not (folder / "out" / "llava.json").exists()
 
 

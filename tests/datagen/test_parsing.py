@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_jax.data.samples import read_sample
 from llava_jax.datagen.parsing import Fault, parse_conversation, parse_detail, parse_reasoning
 from llava_jax.datagen.prompts import OURS, load_prompts
 from llava_jax.datagen.rules import REPAIRS, detect_language, find_fault, find_refusal
@@ -111,6 +112,23 @@ def test_what_is_written_in_the_form_is_read_back(turns: list[tuple[str, str]]):
 )
 def test_faults_have_names(answer: str, reason: str):
     assert find_fault((("What is it?", answer),), "en").reason == reason
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("<img>\nWhat is it?", "A cat."),
+        ("[IMG]\nWhat is it?", "A cat."),
+        ("What is in <image1>?", "A cat."),
+        ("What is it?", "<image_placeholder> A cat."),
+        ("What is it?", "<img>cat.jpg</img> A cat."),
+    ],
+)
+def test_marks_that_no_reader_of_samples_takes_are_faults(question: str, answer: str):
+    value = {"image": "a.jpg", "conversations": [{"from": "human", "value": f"<image>\n{question}"},
+                                                 {"from": "gpt", "value": answer}]}  # fmt: skip
+    assert read_sample(value).faults
+    assert find_fault(((question, answer),), "en").reason == "marks"
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,16 @@ def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("batch", [False, True])
+def test_a_budget_needs_a_limit_of_each_answer(tmp_path: Path, batch: bool):
+    task = Task("A", lambda: [{"role": "user", "content": "A?"}], str.strip)
+    with ScriptedLLM() as server:
+        settings = Settings("m", {}, server.url, "key", prices=Prices(1.0, 4.0))
+        with pytest.raises(UserError, match="a budget needs max_tokens"):
+            ask_in(tmp_path, Work(settings, budget=5.0, batch=batch), task)
+        assert not server.times
+
+
+@pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize(
     ("body", "reason", "asked", "open_"),
     [
@@ -392,6 +402,7 @@ def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:
         (completion(" "), "empty", 3, False),
         (completion("<think>\nIs it", "length"), "cut off at --max-tokens", 1, False),
         (completion("Is it a", "length"), "cut off at --max-tokens", 1, False),
+        (completion("<think>ok</think>Is it a", "length"), "cut off at --max-tokens", 1, False),
         (completion(None, "content_filter"), "stopped by a filter", 3, False),
         (completion(None, refusal="I can't."), "stopped by a filter: I can't.", 3, False),
         ({"error": {"message": "not this one", "code": 400}}, "refused-by-server: status 400: not this one", 1, False),
