@@ -93,7 +93,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
     manifest = read_manifest(file)
     if manifest["digest"] != digest:
         raise UserError(f"{directory}: is built from other samples; remove it or choose another")
-    if shards not in (0, manifest["shards"]):
+    if shards and min(shards, manifest["samples"]) != manifest["shards"]:
         raise UserError(f"{directory}: has {manifest['shards']} shards, not {shards}; remove it or choose another")
     for leftover in directory.glob("*.partial"):
         leftover.unlink(missing_ok=True)

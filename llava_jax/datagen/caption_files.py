@@ -73,6 +73,8 @@ def _parse(record: Record, keys: tuple[str, ...]) -> Caption:
         raise UserError(f"{record.where}: `image` is not the name of an image")
     if not isinstance(ident, str | int | None):
         raise UserError(f"{record.where}: `id` is neither text nor a number")
+    if not is_encodable(f"{image}{ident}"):
+        raise UserError(f"{record.where}: `image` or `id` is no valid Unicode: it holds half a surrogate pair")
     if ident is None:
         ident = f"{PurePosixPath(image).stem}_{record.index}"
     text = _caption(value, keys, record.where)

@@ -57,9 +57,9 @@ def load(
         for statement in contexts.SCHEMA.split(";"):
             ledger.db.execute(statement)
         if row := ledger.db.execute("SELECT files, left_out FROM contexts_of").fetchone():
-            asked, left_out = ledger.totals().requests, json.loads(row[1])
+            asked, left_out = ledger.in_use(), json.loads(row[1])
             if row[0] == digests and (asked or not left_out):
-                return left_out  # until a request is sent, images may be added to the folder
+                return left_out  # until a request is answered, images may be added to the folder
             if asked:
                 raise UserError(f"{ledger.path} was made from other captions or boxes; choose another directory")
             ledger.db.execute("DELETE FROM contexts_of")

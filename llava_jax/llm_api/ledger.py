@@ -130,7 +130,7 @@ class Ledger:
         """
         wanted = {key: json.dumps(value, sort_keys=True) for key, value in identity.items()}
         found = dict(self.db.execute("SELECT key, value FROM identity"))
-        if found and self._in_use():
+        if found and self.in_use():
             changes = [f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in sorted({*wanted, *found})
                        if wanted.get(key) != found.get(key)]  # fmt: skip
             if changes:
@@ -140,7 +140,7 @@ class Ledger:
                 self.db.execute("DELETE FROM identity")
                 self.db.executemany("INSERT INTO identity VALUES (?, ?)", wanted.items())
 
-    def _in_use(self) -> bool:
+    def in_use(self) -> bool:
         """Whether a request was answered or may have been, or a task has its result."""
         requests = "EXISTS (SELECT 1 FROM requests WHERE state NOT IN ('failed', 'unsent'))"
         return bool(self.db.execute(f"SELECT {requests} OR EXISTS (SELECT 1 FROM results)").fetchone()[0])

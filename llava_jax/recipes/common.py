@@ -39,7 +39,7 @@ def _declare() -> Section:
     # What images of a sample with several get: their "tiles", or the "base" alone.
     config.anyres.several = Option("", choices=("", "tiles", "base"))
     # Seed of the order of the data and of random image positions.
-    config.seed = 0
+    config.seed = Option(0, minimum=0)
 
     # ---- The data
 

@@ -21,6 +21,8 @@ class Option:
 
     def problem(self, value: Any) -> str:
         """What is wrong with a value, "" if nothing is."""
+        if value is None and self.default is not None:
+            return "is None"
         if self.choices and value not in self.choices:
             return f"is {value!r}, not one of {', '.join(map(repr, self.choices))}"
         if self.minimum is not None and not self.minimum <= value < math.inf:

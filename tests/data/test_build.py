@@ -142,6 +142,12 @@ def test_a_full_disk_is_an_error_of_one_line_that_leaves_nothing(data, tmp_path)
     assert not list(output.glob("*.partial")) and not shard.path.exists()
 
 
+def test_more_shards_than_samples_can_be_asked_for_again(data, tmp_path):
+    for _ in range(2):
+        output = run(data, tmp_path / "set", "--shards", 64)
+        assert (output / shards.SHARD_NAME.format(index=7, count=8)).exists()
+
+
 def test_an_output_of_something_else_is_refused(data, built, tmp_path):
     with pytest.raises(UserError, match="has 4 shards, not 2"):
         run(data, built, "--shards", 2)

@@ -98,6 +98,8 @@ BAD = {
     '{"image": "a.jpg", "caption": " "}': "is empty",
     '{"image": "a.jpg", "caption": "an <image>"}': "holds <image>",
     '{"image": "a.jpg", "caption": "\\ud800"}': "no valid Unicode",
+    '{"image": "a\\ud800.jpg", "caption": "A cat."}': "no valid Unicode",
+    '{"image": "a.jpg", "id": "\\ud800", "caption": "A cat."}': "no valid Unicode",
     '{"image": "a.jpg", "id": [], "caption": "A cat."}': "`id` is neither",
     json.dumps({**SAMPLE, "conversations": SAMPLE["conversations"] * 2}): "has 2 answers",
 }

@@ -84,6 +84,11 @@ def test_pictures_that_come_later_are_taken_as_long_as_nothing_was_asked(ledger:
     Image.new("RGB", (10, 20)).save(folder / "missing.jpg")
     assert load_coco(ledger, folder) == {"no caption": 1} and contexts.count(ledger.db) == 3
     (folder / "missing.jpg").unlink()
+    ledger.failed(ledger.begin(Request("3", 0, []), 0.0), "wrong key", 0.0)  # nothing was made of the contexts
+    assert load_coco(ledger, folder) == {"no caption": 1, f"not in {folder}": 1} and contexts.count(ledger.db) == 2
+    Image.new("RGB", (10, 20)).save(folder / "missing.jpg")
+    assert load_coco(ledger, folder) == {"no caption": 1}
+    (folder / "missing.jpg").unlink()
     ledger.begin(Request("7", 0, []), 0.0)
     assert load_coco(ledger, folder) == {"no caption": 1} and contexts.count(ledger.db) == 3
 

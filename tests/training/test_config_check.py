@@ -59,6 +59,14 @@ def test_nonsense_is_refused_by_name(key, value):
         config_check.check(config)
 
 
+@pytest.mark.parametrize(("key", "value", "message"), [("batch_rows", None, "is None"), ("seed", -1, "0 or more")])
+def test_no_number_and_no_seed_are_told(key, value, message):
+    config = common.get_config()
+    config[key] = value
+    with pytest.raises(UserError, match=message):
+        config_check.check(config)
+
+
 @pytest.mark.parametrize(("pack", "length", "message"), [(False, 4096, "set pack"), (True, 1024, "have to fit")])
 def test_longer_rows_are_for_packing(pack, length, message):
     config = common.get_config()
