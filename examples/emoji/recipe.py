@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.commands import Commands, Ran
+from examples.emoji.baselines import SIDE
 from examples.emoji.data import ASK_NAME, HELD_OUT
 from llava_jax.cli import Parser, run, time_left
 from llava_jax.files.writing import atomic_file
@@ -20,7 +21,7 @@ from llava_jax.files.writing import atomic_file
 ROOT, SHORT = Path("runs/emoji"), Path("runs/emoji-short")
 ANSWERS = {  # whose answers are scored, by file; the last is the assistant
     "frequent": "the most frequent answer",
-    "pixels": "nearest neighbour, 6 x 6 pixels",
+    "pixels": f"nearest neighbour, {SIDE} x {SIDE} pixels",
     "clip": "the CLIP by itself, zero-shot",
     "assistant": "the assistant",
 }

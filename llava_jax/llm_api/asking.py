@@ -104,7 +104,10 @@ def forecast(work: Work, tasks: Sequence[Task]) -> str:
     prompt = sum(estimate_tokens(task.messages()) for task in tasks)
     completion = work.settings.max_completion_tokens * len(tasks)
     cost = work.settings.prices.cost(prompt, completion)
-    return f"{len(tasks)} requests of about {prompt:,} tokens, answers of up to {completion:,}: up to about ${cost:.2f}"
+    asked = f"{len(tasks)} requests of about {prompt:,} tokens"
+    if not work.settings.max_completion_tokens:
+        return f"{asked}, about ${cost:.2f}, and answers without a limit: set max_tokens to know their cost"
+    return f"{asked}, answers of up to {completion:,}: up to about ${cost:.2f}"
 
 
 def told(outcomes: Sequence[Outcome]) -> str:

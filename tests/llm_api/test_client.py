@@ -384,6 +384,17 @@ def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:
     return asking.ask_all(work, tasks, directory, {}, "asking")
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [({"max_tokens": 9}, "answers of up to 9: up to about $36.00"),
+     ({}, "about $0.00, and answers without a limit: set max_tokens to know their cost")],
+)  # fmt: skip
+def test_a_forecast_knows_no_cost_without_a_limit(body: dict[str, Any], said: str):
+    task = Task("A", lambda: [{"role": "user", "content": "A?"}], str.strip)
+    settings = Settings("m", body, prices=Prices(0.0, 4_000_000.0))
+    assert asking.forecast(Work(settings), [task]).endswith(said)
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_a_budget_needs_a_limit_of_each_answer(tmp_path: Path, batch: bool):
     task = Task("A", lambda: [{"role": "user", "content": "A?"}], str.strip)

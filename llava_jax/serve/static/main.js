@@ -26,7 +26,7 @@ let model = null; // its name, while the server is ready
 let wanted = store.recall("llava_jax.model"); // the one that was chosen
 let connecting = false;
 let saving = 0; // a timer
-let unfinished = 0; // how many `save` did not finish yet
+let unfinished = 0; // calls of `save` that have not finished
 
 /** Waits until the server is ready and knows the key. */
 async function connect(keyWasWrong = false) {
