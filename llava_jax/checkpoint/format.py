@@ -63,6 +63,9 @@ class Description:
     sources: tuple[Source, ...] = ()
     stage: str | None = None  # of training; None if the parts of the model have not been trained together
     origins: dict[str, str] = dataclasses.field(default_factory=dict)  # flag of the import -> name on the Hub @ commit
+    # Of a model with adapters that has no sources: the other parameters that are not those of the adapters' base. None
+    # if that is not known, as of checkpoints from before this was stored.
+    trained_whole: tuple[str, ...] | None = None
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def to_json(self) -> dict[str, Any]:
@@ -76,6 +79,8 @@ class Description:
             raise UserError(f"{where}: not a llava_jax checkpoint of format {FORMAT}; import or train it again")
         values["model"] = LlavaConfig.from_dict(values["model"])
         values["sources"] = tuple(Source(**s | {"names": tuple(s["names"])}) for s in values["sources"])
+        if (whole := values.get("trained_whole")) is not None:
+            values["trained_whole"] = tuple(whole)
         description = cls(**values)
         description._check(where)
         return description
@@ -91,10 +96,10 @@ class Description:
         for name in ("text_config", "vision_config"):
             inner = hf_fields.part(config, name, f"{where}: hf.config")
             hf_fields.get(inner, "model_type", "", f"{where}: hf.config.{name}")
-        texts = [self.template, self.stage or "", *origins.values()]
+        texts = [self.template, self.stage or "", *origins.values(), *(self.trained_whole or ())]
         texts += [text for source in self.sources for text in (source.path, source.relative, *source.names)]
         if not all(isinstance(text, str) and "\0" not in text for text in texts):
-            raise ValueError("template, stage, origins and sources are not all texts")
+            raise ValueError("template, stage, origins, trained_whole and sources are not all texts")
         if not all(_ID.fullmatch(id) for id in (self.id, *(source.id for source in self.sources))):  # names of folders
             raise ValueError("id is not made of 1 to 64 letters, digits, _ and -")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.checkpoint.reading import Checkpoint, DtypeOf, ShardingOf, as_stored, first_device
-from llava_jax.models import lora
+from llava_jax.models import lora, pieces
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.llava import Params, Shapes, abstract_params
 from llava_jax.models.quantized import Parts, dequantize, linear_of
@@ -35,6 +35,20 @@ def _plain(adapted: Checkpoint, added: bool) -> "Merged":
     plain = adapted.with_model(lora=None)
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     return Merged(**fields, adapted=adapted, added=added)
+
+
+def trained_whole(checkpoint: Checkpoint) -> set[str] | None:
+    """Of a checkpoint with adapters: the other parameters that are not those of the model that the adapters are for;
+    None if that is not known."""
+    found: set[str] = set()
+    for holder, names in checkpoint.holders:
+        if holder.config.lora is None:  # the model itself
+            continue
+        whole = names if holder.step is not None else holder.description.trained_whole
+        if whole is None:
+            return None
+        found |= {pieces.whole(name) for name in whole}
+    return {name for name in found if not lora.PARAMETER.fullmatch(name)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import FROZEN, frozen_copy, has_copy, needed
-from llava_jax.checkpoint.merged import Merged, merged
+from llava_jax.checkpoint.merged import Merged, merged, trained_whole
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import Slice, write_model, write_parameters
 from llava_jax.cli import UserError, track
@@ -37,7 +37,10 @@ def merge(path: str | os.PathLike, output: str | os.PathLike) -> float:
 
 
 def _write(checkpoint: Checkpoint, output: str | os.PathLike) -> None:
-    description = dataclasses.replace(checkpoint.description, sources=(), id=uuid.uuid4().hex)
+    whole = None if checkpoint.config.lora is None else trained_whole(checkpoint)
+    description = dataclasses.replace(
+        checkpoint.description, sources=(), id=uuid.uuid4().hex, trained_whole=whole and tuple(sorted(whole))
+    )
     shapes = checkpoint.abstract()
     write_model(output, shapes, _slices(checkpoint, shapes), description, os.fspath(checkpoint.tokenizer_dir))
 

@@ -7,7 +7,7 @@ written with it, since servers take low-rank matrices alone.
 import os
 from collections.abc import Iterator
 
-from llava_jax.checkpoint.merged import without_adapters
+from llava_jax.checkpoint.merged import trained_whole, without_adapters
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import check_free, refuse_existing
 from llava_jax.cli import UserError, warn
@@ -59,7 +59,7 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
             "adapter of PEFT cannot hold: merge it (--layout hf)"
         )
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
-    saved = [] if base else _trained_whole(checkpoint, adapted)
+    saved = [] if base else _modules_to_save(checkpoint, adapted)
     refuse_existing(output)
     if base and os.path.realpath(base) == os.path.realpath(output):
         raise UserError(f"{output}: --base and --output are one directory: the adapter and its base need two")
@@ -76,17 +76,17 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     _warn_of_servers(output, lora, adapted, saved)
 
 
-def _trained_whole(checkpoint: Checkpoint, adapted: set[str]) -> list[str]:
-    """`modules_to_save`: the projector if it may have been trained. Raises UserError if other weights were."""
-    whole = [name for name in checkpoint.stored if not PARAMETER.fullmatch(name)]
-    if not checkpoint.description.sources:  # it holds all parameters, trained or not
-        whole = [name for name in whole if name.startswith("projector.")]
+def _modules_to_save(checkpoint: Checkpoint, adapted: set[str]) -> list[str]:
+    """The projector, if it was trained. Raises UserError if other weights were."""
+    instead = (
+        "give --base DIR, where the model that the adapter is for is written with it, or merge everything (--layout hf)"
+    )
+    whole = trained_whole(checkpoint)
+    if whole is None:
+        raise UserError(f"{checkpoint.root}: does not say what was trained whole, as it is from before that: {instead}")
     inside = [name for name in whole if name.rpartition(".")[0] in adapted]
     if other := inside or [name for name in whole if not name.startswith("projector.")]:
-        raise UserError(
-            f"{checkpoint.root}: {other[0]} was trained whole, which an adapter does not hold: give --base DIR, where "
-            "the model that the adapter is for is written with it, or merge everything (--layout hf)"
-        )
+        raise UserError(f"{checkpoint.root}: {min(other)} was trained whole, which an adapter does not hold: {instead}")
     return ["multi_modal_projector"] if whole else []
 
 
@@ -137,7 +137,8 @@ def _target_modules(checkpoint: Checkpoint, adapted: set[str], short: bool) -> s
 def _base_name(checkpoint: Checkpoint) -> str:
     """The model that was imported, by its name on the Hub or the path of the checkpoint of it."""
     for holder, _ in checkpoint.holders:
-        if origin := holder.description.origins.get("llava"):
+        origins = holder.description.origins
+        if origin := origins.get("base") or origins.get("llava"):  # with a base, the latter is another adapter
             return origin.partition("@")[0]
     return checkpoint.description.sources[0].path if checkpoint.description.sources else str(checkpoint.root)
 

@@ -41,6 +41,7 @@ class Found:
     hf: dict[str, Json]  # JSON files of the source, kept for an export
     write_tokenizer: Callable[[Path], None]  # to a directory
     trained: bool  # as a LLaVA, with a conversation template
+    trained_whole: tuple[str, ...] | None = None  # beside an adapter, see `Description`
 
 
 def projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:

@@ -15,12 +15,13 @@ from httpx2 import HTTPError
 from huggingface_hub import constants, errors, snapshot_download
 
 from llava_jax.cli import UserError, say
+from llava_jax.convert import adapter
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _SETTINGS = (
     *TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "adapter_config.json",
+    adapter.SETTINGS, adapter.TRAINED_WITH,
 )  # fmt: skip
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
 # The same weights once more, if the repository has safetensors files.

@@ -10,10 +10,11 @@ Its `config.json` is that of a decoder with additional fields (`mm_...`). Beside
 All but the first also need the decoder.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, warn
 from llava_jax.convert import adapter, hf_config
 from llava_jax.convert.adapter import base_name, is_adapter, open_adapter, with_adapter
 from llava_jax.convert.found import Found, Options, check_tensors, projector_type, refuse_contradiction
@@ -34,6 +35,7 @@ from llava_jax.convert.tensors import has_weights, open_directory
 from llava_jax.data.anyres import MERGES, AnyRes
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import VisionConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, one_of, require
 from llava_jax.models.registry import FAMILIES, TOWERS
 
@@ -44,7 +46,11 @@ _FIXED = {"mm_resampler_type": None, "s2": False, "s2_scales": None}
 _TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
 _TRAINING += (IMAGE_POSITION,)
 
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # transformers 4 and 5 say it in different ones
+_OF_THE_BASE = ("vocab_size", "quantization_config")  # its rows, and its numbers: not those of QLoRA's
 _PROJECTOR = "mm_projector.bin"
+# Patterns of names of tensors that no decoder has, or that are computed.
+_NOT_OF_DECODERS = (r".*\b(mm_projector|vision_tower)\..+", r".*\bimage_newline", *CONSTANTS)
 
 
 def is_original(config: Json) -> bool:
@@ -98,13 +104,13 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
 def _decoder(directory: Path, settings: Json, base: Path | None, unmerged: bool) -> tuple[LanguageModel, bool]:
     """The decoder with the projector and, if its files have one, the tower; and whether it was trained as a LLaVA."""
     if is_adapter(directory):
-        model = _base(base, directory, "an adapter", base_name(directory))
+        model = _as_trained(_base(base, directory, "an adapter", base_name(directory)), directory, settings)
         tensors = with_adapter(model.tensors, open_adapter(directory, unmerged))
         return model._replace(tensors=tensors, write_tokenizer=_tokenizer(directory, model)), True
     if has_weights(directory):
         return _complete(directory, settings, base), True
     if (directory / _PROJECTOR).exists():
-        model = _base(base, directory, "a projector alone", _named(settings))
+        model = _as_trained(_base(base, directory, "a projector alone", _named(settings)), directory, settings)
         file = open_projector(directory / _PROJECTOR)
         model = with_new_tokens(model, file)
         return model._replace(tensors=model.tensors | file.projector), False
@@ -119,7 +125,7 @@ def _complete(directory: Path, settings: Json, base: Path | None) -> LanguageMod
     tensors = open_directory(directory)
     if is_difference(tensors):
         model = _base(base, directory, "the difference from a base", _named(settings))
-        tensors = with_base(tensors, model.tensors, str(directory))
+        tensors = with_base(tensors, model.tensors, _NOT_OF_DECODERS, str(directory))
         write_tokenizer = _tokenizer(directory, model)
     elif base:
         raise UserError(f"{directory}: a complete model, no difference from another and no adapter: leave --base out")
@@ -140,6 +146,24 @@ def _base(path: Path | None, directory: Path, what: str, named: str) -> Language
     if is_difference(model.tensors):
         raise UserError(f"{path}: is a difference itself: add it to its own base first, and give the sum as --base")
     return model
+
+
+def _as_trained(base: LanguageModel, directory: Path, settings: Json) -> LanguageModel:
+    """The base, which computes what the `config.json` beside the trained part says, as in the original.
+
+    Warns of fields that differ; raises UserError if it is of another family.
+    """
+    where = str(directory / "config.json")
+    stated = {field: value for field, value in _text_json(settings).items() if field not in _OF_THE_BASE}
+    replaced = _ROPE if any(stated.get(field) for field in _ROPE) else ()
+    config = {field: value for field, value in base.config.items() if field not in replaced} | stated
+    ours, theirs = read_text(config, where), read_text(_text_json(base.config), base.where)
+    if type(ours) is not type(theirs) or family_of(ours) is not family_of(theirs):
+        raise UserError(f"{where}: is for another base: its decoder is a {stated['model_type']}")
+    for field in (field.name for field in dataclasses.fields(ours)):
+        if (value := getattr(ours, field)) != (other := getattr(theirs, field)):
+            warn(f"{where}: its {field} is {value}, that of the base {other}: used is {value}; is it the right base?")
+    return base._replace(config=config)
 
 
 def _tokenizer(directory: Path, model: LanguageModel) -> functools.partial:

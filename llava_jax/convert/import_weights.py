@@ -38,6 +38,7 @@ from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, Shapes, abstract_params, build_projector, module_params
+from llava_jax.models.lora import PARAMETER
 from llava_jax.models.quantized import PART, linear_of, quantize
 from llava_jax.remote import new_local
 
@@ -135,11 +136,15 @@ def _find(places: dict[str, Located], options: Options) -> Found:
     if not is_adapter(path):
         raise UserError(f"{path}: no adapter of PEFT: leave --unmerged out")
     lora, tensors = unmerged(open_adapter(path), found.config)
+    config = dataclasses.replace(found.config, lora=lora)
+    held = {entry.name for part, all_of in entries_of(config).items() for entry in all_of
+            if any((part, leaf) in tensors for leaf in entry.leaves())}  # fmt: skip
     sources = {
         part: source.replaced({place: tensor for place, tensor in tensors.items() if place[0] == part})
         for part, source in found.sources.items()
     }
-    return dataclasses.replace(found, config=dataclasses.replace(found.config, lora=lora), sources=sources)
+    whole = tuple(sorted(name for name in held if not PARAMETER.fullmatch(name)))
+    return dataclasses.replace(found, config=config, sources=sources, trained_whole=whole)
 
 
 def _find_merged(places: dict[str, Located], options: Options) -> Found:
@@ -209,7 +214,9 @@ def _described(found: Found, scratch: Path, options: Options, places: dict[str, 
         template = _template(options.template, tokenizer, os.fspath(scratch))
     origins = {name: place.origin for name, place in places.items() if place.origin}
     stage = "finetune" if found.trained else None
-    return found, Description(found.config, template.name, found.hf, stage=stage, origins=origins)
+    return found, Description(
+        found.config, template.name, found.hf, stage=stage, origins=origins, trained_whole=found.trained_whole
+    )
 
 
 def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> Template:

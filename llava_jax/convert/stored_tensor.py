@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,13 +77,18 @@ def is_difference(tensors: Tensors) -> bool:
     return bool(np.abs(tensors[FINAL_NORM].read().astype(np.float32)).max(initial=0) < _NO_NORM)
 
 
-def with_base(difference: Tensors, base: Tensors, where: str) -> Tensors:
-    """Adds the base to each tensor that both have, in the type of the difference, which may have more rows.
+def with_base(difference: Tensors, base: Tensors, whole: Iterable[str], where: str) -> Tensors:
+    """Adds the base to each tensor, in the type of the difference, which may have more rows.
 
-    Raises UserError if other axes differ.
+    Tensors whose names match a pattern of `whole` are stored as they are. Raises UserError if the base does not have
+    another one, or if axes other than the first differ.
     """
     held = dict(difference)
-    for name in (name for name in base if name in difference):
+    for name in difference:
+        if any(re.fullmatch(pattern, name) for pattern in whole):
+            continue
+        if name not in base:
+            raise UserError(f"{where}: {name} is a difference, but the base has no {name}: it is for another model")
         ours, theirs = difference[name].shape, base[name].shape
         if ours[1:] != theirs[1:] or ours[:1] < theirs[:1]:
             raise UserError(f"{where}: {name} is {ours}, of the base {theirs}: it is for another model")

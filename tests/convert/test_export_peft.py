@@ -180,5 +180,42 @@ def test_what_an_adapter_cannot_hold_goes_to_the_base(tmp_path):
     ):
         export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    main(["copy", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "copy")])
+    with pytest.raises(UserError, match="copy: llm.norm.scale was trained whole"):
+        export("--checkpoint", tmp_path / "copy", "--layout", "peft", "--output", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
     export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "hf", "--output", tmp_path / "a")
     check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
+
+
+def test_a_copy_says_what_was_trained_beside_its_adapters(tmp_path):
+    base, checkpoint = run(tmp_path, lora())
+    export("--checkpoint", base, "--output", tmp_path / "hf")
+    main(["copy", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "copy")])
+    export("--checkpoint", tmp_path / "copy", "--layout", "peft", "--output", tmp_path / "a")
+    check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
+    description = tmp_path / "copy" / "llava.json"  # as if it were from before that
+    stored = json.loads(description.read_text())
+    assert set(stored.pop("trained_whole")) == {name for name in open_checkpoint(base).stored if "projector." in name}
+    description.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="copy: does not say what was trained whole"):
+        export("--checkpoint", tmp_path / "copy", "--layout", "peft", "--output", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_an_imported_adapter_replaces_goes_to_the_base_too(tmp_path):
+    """Also after a run from it, which does not train that."""
+    base, chosen = tiny.checkpoint(tmp_path), lora(targets=("q_proj",))
+    export("--checkpoint", base, "--output", tmp_path / "hf")
+    model = peft.get_peft_model(
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf"),
+        peft.LoraConfig(target_modules=".*language_model.*q_proj", modules_to_save=["embed_tokens"]),
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    flags = ["--llava", tmp_path / "theirs", "--base", tmp_path / "hf", "--unmerged", "--output", tmp_path / "in"]
+    main(["import", *map(str, flags)])
+    assert "llm.embed_tokens.embedding" in open_checkpoint(tmp_path / "in").description.trained_whole
+    checkpoint = workdir(tmp_path / "run", tmp_path / "in", chosen, adapter(tiny.config(), chosen, projector=True))
+    for source in (tmp_path / "in", checkpoint):
+        with pytest.raises(UserError, match="llm.embed_tokens.embedding was trained whole"):
+            export("--checkpoint", source, "--layout", "peft", "--output", tmp_path / "a")

@@ -55,7 +55,14 @@ def llava(hub, tmp_path):
     sizes = {"model-1.safetensors": 3000, "model-2.safetensors": 2000, "pytorch_model.bin": 5000, "tf_model.h5": 9}
     for name, size in sizes.items():
         (directory / name).write_bytes(os.urandom(size))
-    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "README.md", "mm_projector.bin"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "README.md",
+        "mm_projector.bin",
+        "llava_jax.json",
+    ):
         (directory / name).write_text(json.dumps(name))
     hub.repositories["org/llava"] = directory
     return directory
@@ -74,7 +81,7 @@ def test_without_safetensors_the_files_of_torch_come(hub, llava):
     for file in llava.glob("model*"):
         file.unlink()
     names = {file.name for file in locate("org/llava", "--llava").path.iterdir()}
-    assert names == {"config.json", "tokenizer.json", "mm_projector.bin", "pytorch_model.bin"}
+    assert names == {"config.json", "tokenizer.json", "llava_jax.json", "mm_projector.bin", "pytorch_model.bin"}
 
 
 def test_a_new_llava_of_siglip2_and_qwen3(hub, tmp_path):

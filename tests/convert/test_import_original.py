@@ -132,7 +132,7 @@ def lora(model, rank, modules=("q_proj", "down_proj"), seed=0):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_on_its_base(rslora, made, tmp_path):
+def test_an_adapter_on_its_base(rslora, made, tmp_path, capsys):
     _, tensors, llm, vision = made
     trained = reference.llava(CONFIG)
     adapter = lora(trained, rank=4)
@@ -150,6 +150,16 @@ def test_an_adapter_on_its_base(rslora, made, tmp_path):
     source = write(tmp_path / "plain", files, original_config(CONFIG), tokenizer=None)
     convert("import", "--llava", source, "--base", llm, "--vision", vision, "--output", tmp_path / "out")
     check_logits(trained, tmp_path / "out")
+    # As in the original, the model computes what the adapter's own file says.
+    other = json.loads((llm / "config.json").read_text()) | {"rms_norm_eps": 1e-3, "quantization_config": None}
+    shutil.copytree(llm, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+    capsys.readouterr()
+    convert("import", "--llava", source, "--base", tmp_path / "other", "--vision", vision, "--output", tmp_path / "eps")
+    assert (
+        f"warning: {source}/config.json: its rms_norm_eps is 1e-05, that of the base 0.001" in capsys.readouterr().err
+    )
+    check_logits(trained, tmp_path / "eps")
     # The base may be a LLaVA itself.
     whole = write(tmp_path / "whole", {"pytorch_model.bin": tensors}, original_config(CONFIG))
     convert("import", "--llava", source, "--base", whole, "--vision", vision, "--output", tmp_path / "again")
@@ -185,6 +195,10 @@ def test_a_difference_and_its_base(made, tmp_path):
         if name in base:
             expected[: len(base[name])] += base[name]
         np.testing.assert_array_equal(np.asarray(params[ours]), expected)
+    headless = {name: tensor for name, tensor in base.items() if name != "lm_head.weight"}
+    tied = write(tmp_path / "tied", {"pytorch_model.bin": headless}, text)
+    with pytest.raises(UserError, match="delta: lm_head.weight is a difference, but the base has no lm_head.weight"):
+        convert("import", "--llava", source, "--base", tied, "--vision", vision, "--output", tmp_path / "other")
     with pytest.raises(UserError, match="is the difference from a base: give --base DIR"):
         convert("import", "--llava", source, "--vision", vision, "--output", tmp_path / "other")
     with pytest.raises(UserError, match="is a difference itself"):
