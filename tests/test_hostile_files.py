@@ -26,7 +26,7 @@ from llava_jax.convert.adapter import open_adapter, with_adapter
 from llava_jax.convert.export import export
 from llava_jax.convert.export_original import export_original
 from llava_jax.convert.found import Options
-from llava_jax.convert.gguf_header import count_numbers
+from llava_jax.convert.gguf_header import read_header
 from llava_jax.convert.hf_config import read_llava, read_vision
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import find_llava
@@ -101,7 +101,7 @@ READERS = {
         lambda d: load_tokenizer(d / "tokenizer").encode("a <image> b"), "tokenizer/*", "checkpoint", 20
     ),
     "SentencePiece": Reader(lambda d: read_model(d / "tokenizer.model"), "tokenizer.model", "pieces"),
-    "GGUF": Reader(lambda d: count_numbers(d / "model.gguf"), "model.gguf", "gguf"),
+    "GGUF": Reader(lambda d: read_header(d / "model.gguf"), "model.gguf", "gguf"),
     "samples": Reader(read_samples, "data.*", "data"),
     "answers": Reader(read_evaluation, "answers.*", "data"),
     "metrics": Reader(lambda d: read_losses(epath.Path(d)), "metrics.jsonl", "data"),
@@ -342,7 +342,7 @@ def test_each_field_of_a_decoder_is_named(field):
 def test_a_gguf_file_describes_no_more_than_it_holds(tmp_path):
     file, data = tmp_path / "model.gguf", gguf()
     file.write_bytes(data)
-    assert count_numbers(file) == 8
+    assert read_header(file).numbers == 8
     for old, new, message in [
         (struct.pack("<II", 4, 2), struct.pack("<II", 4, 10**9), "describes 1000000000 layers"),
         (struct.pack("<QQ", 4, 2), struct.pack("<QQ", 2**40, 2**40), "numbers, more than"),
@@ -353,4 +353,4 @@ def test_a_gguf_file_describes_no_more_than_it_holds(tmp_path):
     ]:
         file.write_bytes(data.replace(old, new))
         with pytest.raises(UserError, match=message):
-            count_numbers(file)
+            read_header(file)

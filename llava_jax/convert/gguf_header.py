@@ -6,7 +6,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from llava_jax.cli import UserError, shown
 
@@ -18,8 +18,23 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _TEXT, _ARRAY = 8, 9
 
 
-def count_numbers(path: Path) -> int:
-    """The numbers in all tensors. Raises UserError if the file is damaged, or describes more than it can hold."""
+class Header(NamedTuple):
+    """What a GGUF file says of itself."""
+
+    values: dict[str, Any]  # by key; of an array, its number of items
+    tensors: dict[str, int]  # name -> how many numbers it has
+
+    @property
+    def numbers(self) -> int:
+        return sum(self.tensors.values())
+
+    def of_model(self, key: str, default: Any = None) -> Any:
+        """The value of a key of its architecture."""
+        return self.values.get(f"{self.values.get('general.architecture')}.{key}", default)
+
+
+def read_header(path: Path) -> Header:
+    """Raises UserError if the file is damaged, or describes more than it can hold."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -29,13 +44,13 @@ def count_numbers(path: Path) -> int:
             if version not in (2, 3) or tensors > MAX_ENTRIES or entries > MAX_ENTRIES:
                 raise ValueError(f"version {version}, {tensors} tensors, {entries} values")
             values = dict(_values(file, entries))
-            numbers = sum(_numbers(file) for _ in range(tensors))
+            header = Header(values, dict(_tensor(file) for _ in range(tensors)))
         except (struct.error, ValueError) as error:
             raise UserError(f"{path}: a damaged GGUF file ({error}); download it again") from None
-    blocks = values.get(f"{values.get('general.architecture')}.block_count", 0)
+    blocks, numbers = header.of_model("block_count", 0), header.numbers
     if not isinstance(blocks, int) or blocks > MAX_ENTRIES or numbers > MAX_PER_BYTE * size:
         raise UserError(f"{path}: describes {shown(blocks)} layers and {numbers} numbers, more than {size} bytes hold")
-    return numbers
+    return header
 
 
 def _values(file: BinaryIO, entries: int) -> Any:
@@ -57,13 +72,13 @@ def _values(file: BinaryIO, entries: int) -> Any:
         yield key, count
 
 
-def _numbers(file: BinaryIO) -> int:
-    """The numbers in the next tensor."""
-    _, (axes,) = _text(file), _unpack(file, "<I")
+def _tensor(file: BinaryIO) -> tuple[str, int]:
+    """Name and numbers of the next tensor."""
+    name, (axes,) = _text(file), _unpack(file, "<I")
     if axes > 4:
         raise ValueError(f"a tensor of {axes} axes")
     *lengths, _, _ = _unpack(file, f"<{axes}QIQ")
-    return math.prod(lengths)
+    return name, math.prod(lengths)
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, shown
 from llava_jax.convert.adapter import base_name, is_adapter
-from llava_jax.convert.gguf_header import count_numbers
+from llava_jax.convert.gguf_header import Header, read_header
 from llava_jax.convert.hf_text import num_parameters, read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor, Tensors
@@ -73,7 +73,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def _open_gguf(path: Path) -> LanguageModel:
     """Reads the model into memory, as float32: the numbers of GGUF files are quantized."""
     refuse_pointer_file(path)
-    numbers = count_numbers(path)
+    header = read_header(path)
     try:
         import gguf  # noqa: F401  (transformers needs it, and its error is less clear if it is missing)
         import torch
@@ -84,8 +84,9 @@ def _open_gguf(path: Path) -> LanguageModel:
     where = f"{path}, as transformers reads it"
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **options).to_dict()
-        if (needed := num_parameters(read_text(config, where))) > numbers:
-            raise UserError(f"{path}: describes a model of {needed} parameters, but holds {numbers} numbers")
+        if (needed := num_parameters(read_text(config, where))) > header.numbers:
+            raise UserError(f"{path}: describes a model of {needed} parameters, but holds {header.numbers} numbers")
+        _refuse_lost(path, header, config)
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=torch.float32, trust_remote_code=False, **options
         )
@@ -98,6 +99,9 @@ def _open_gguf(path: Path) -> LanguageModel:
         name: StoredTensor(tuple(tensor.shape), "F32", tensor.detach().numpy)
         for name, tensor in model.state_dict().items()
     }
+    numbers = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}  # tied weights once
+    if (read := sum(numbers.values())) != header.numbers:
+        raise UserError(f"{path}: holds {header.numbers} numbers, of which transformers reads {read}; {_NOT_GGUF}")
     config = model.config.to_dict()
     config.pop("quantization_config", None)  # of the file; the tensors that were read are not quantized
     return LanguageModel(
@@ -107,3 +111,18 @@ def _open_gguf(path: Path) -> LanguageModel:
         tensors=held,
         write_tokenizer=tokenizer.save_pretrained,
     )
+
+
+_NOT_GGUF = "import the model from its directory of safetensors files instead"
+
+
+def _refuse_lost(path: Path, header: Header, config: Json) -> None:
+    """Raises UserError for what the model computes, but transformers' reading of the file, `config`, does not say."""
+    if factors := [name for name in header.tensors if name.startswith(("rope_freqs", "rope_factors"))]:
+        raise UserError(f"{path}: {factors[0]} scales its RoPE, which transformers does not read; {_NOT_GGUF}")
+    kind = header.of_model("rope.scaling.type", "none")
+    if kind != "none" and read_text(config, str(path)).rope_scaling is None:
+        raise UserError(f"{path}: rope.scaling.type is {shown(kind)}, which transformers does not read; {_NOT_GGUF}")
+    window, read = header.of_model("attention.sliding_window"), config.get("sliding_window")
+    if window != read:
+        raise UserError(f"{path}: attention.sliding_window is {window}, transformers reads {read}; {_NOT_GGUF}")

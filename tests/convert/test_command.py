@@ -446,8 +446,8 @@ def test_rows_are_all_kept_or_as_many_as_the_tokenizer_has_ids(backbones, copy_o
     np.testing.assert_allclose(grown[-2:], embeddings[:-2].mean(0)[None].repeat(2, 0), rtol=0, atol=1e-6)
 
 
-def write_gguf(model, tokenizer, path: Path) -> None:
-    """As llama.cpp's converter does, which stores the two halves of rotated heads interleaved."""
+def write_gguf(model, tokenizer, path: Path, values: dict | None = None, tensors: dict | None = None) -> None:
+    """As llama.cpp's converter does, which stores the two halves of rotated heads interleaved; and more."""
     config, bpe = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -459,6 +459,8 @@ def write_gguf(model, tokenizer, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    for key, value in (values or {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
     writer.add_token_types([3] * 4 + [1] * (config.vocab_size - 4))
@@ -473,6 +475,8 @@ def write_gguf(model, tokenizer, path: Path) -> None:
                 halves = values.reshape(heads, 2, -1, config.hidden_size)
                 values = halves.swapaxes(1, 2).reshape(values.shape)
         writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(values))
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -502,6 +506,26 @@ def test_gguf_comes_in_through_transformers(backbones, tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             convert("import", "--llm", llm, "--vision", backbones[1], "--output", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "message"),
+    [
+        ({}, {"rope_freqs.weight": 6}, "rope_freqs.weight scales its RoPE, which transformers does not read"),
+        ({"llama.rope.scaling.type": "linear"}, {}, "rope.scaling.type is 'linear', which transformers does not"),
+        ({"llama.attention.sliding_window": 8}, {}, "attention.sliding_window is 8, transformers reads None"),
+        ({}, {"blk.0.attn_q.bias": 48}, r"holds \d+ numbers, of which transformers reads \d+; import the model from"),
+    ],
+)
+def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(values, tensors, message, backbones, tmp_path):
+    tokenizer = byte_level(specials=("<s>", "</s>", "<pad>", "<|endoftext|>"))
+    model = reference.llama(dataclasses.replace(TEXT, vocab_size=len(tokenizer)))
+    tensors = {name: np.ones(size, np.float32) for name, size in tensors.items()}
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", values, tensors)
+    flags = ["--vision", backbones[1], "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match=f"model.gguf: {message}"):
+        convert("import", "--llm", tmp_path / "model.gguf", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_output_is_refused_before_any_work(llava_dir, tmp_path):
