@@ -71,10 +71,16 @@ def check_free(directory: os.PathLike, size: int) -> None:
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
-    """Raises UserError unless `directory` is empty or does not exist."""
+    """Raises UserError unless `directory` does not exist, or is empty and can be replaced."""
     directory = epath.Path(directory)
-    if directory.exists() and (not directory.is_dir() or entries(directory)):
+    try:
+        held = entries(directory) if is_remote(directory) else directory.is_dir() and os.listdir(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error.strerror or error}); choose another output") from None
+    if held or (directory.exists() and not directory.is_dir()):
         raise UserError(f"{directory}: exists already; remove it or choose another output")
+    if os.path.ismount(directory):
+        raise UserError(f"{directory}: is where a disk is mounted, and cannot be replaced: name a new directory in it")
 
 
 @contextlib.contextmanager
@@ -85,6 +91,8 @@ def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
     file that makes it valid last.
     """
     remote, partial = is_remote(directory), directory
+    if not remote:
+        directory = epath.Path(os.path.realpath(directory))  # a link stays one
     with hold(directory) if remote else contextlib.nullcontext():
         refuse_existing(directory)
         if not remote:
@@ -94,9 +102,7 @@ def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
             yield partial
             if not remote:
                 refuse_existing(directory)  # another process may have made it in the meantime
-                if directory.exists():
-                    directory.rmdir()
-                partial.rename(directory)
+                os.rename(partial, directory)  # which replaces an empty one
         except BaseException:
             _remove(partial)
             raise

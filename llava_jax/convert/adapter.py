@@ -20,10 +20,9 @@ from llava_jax.convert.names import LORA, entries_of, to_ours
 from llava_jax.convert.stored_tensor import NUMBERS, WEIGHTS, StoredTensor, Tensors
 from llava_jax.convert.tensors import open_directory, open_files
 from llava_jax.data.conversation import IMAGE_POSITIONS
-from llava_jax.data.images import ASPECTS
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import LlavaConfig, LoraConfig, TextConfig
+from llava_jax.models.config import ASPECTS, LlavaConfig, LoraConfig, TextConfig
 from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json, get, one_of, part
 from llava_jax.models.hf_names import TRANSPOSE, Entry
@@ -103,12 +102,15 @@ def trained_with(directory: Path) -> TrainedWith | None:
     return TrainedWith(*(one_of(found, field, values, str(file)) for field, values in known.items()))
 
 
-def require_base(directory: Path, config: TextConfig) -> None:
-    """Raises UserError for an adapter that was exported here and trained on a decoder that computes something else,
-    even if all shapes are equal."""
+def require_base(directory: Path, config: LlavaConfig) -> None:
+    """Raises UserError for an adapter that was exported here and trained on a model that computes something else, even
+    if all shapes are equal."""
     if (file := directory / TRAINED_WITH).exists():
-        here = json.loads(json.dumps(base_fields(config)))
-        for name, value in part(read_object(file), "base", str(file)).items():
+        trained, here = read_object(file), json.loads(json.dumps(base_fields(config.text)))
+        stated, aspect = part(trained, "base", str(file)), trained.get("image_aspect")
+        if "anyres" in (aspect, config.image_aspect):  # how others become squares is not the base's
+            stated, here = stated | {"image_aspect": aspect}, here | {"image_aspect": config.image_aspect}
+        for name, value in stated.items():
             if value != here.get(name, value):
                 raise UserError(f"{file}: is for another base: its {name} is {value}, that of the model {here[name]}")
 
@@ -220,7 +222,7 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     Layers of a stack that it does not adapt get matrices of zeros. Raises UserError for an adapter of another model,
     or with layers that are adapted differently.
     """
-    require_base(adapter.directory, config.text)
+    require_base(adapter.directory, config)
     config = dataclasses.replace(config, base_dtype="")  # quantized or not, its linear layers have the same shapes
     shapes, places = abstract_params(config), {}
     for part_name, entries in entries_of(config).items():

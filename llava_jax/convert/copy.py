@@ -58,7 +58,10 @@ def copy_frozen(path: str | os.PathLike) -> list[str]:
             if not has_copy(checkpoint.root, source):
                 shapes = {name: holder.own(name).leaf for name in names}
                 description = dataclasses.replace(holder.description, sources=())
-                write_parameters(frozen_copy(checkpoint.root, source), shapes, _slices(holder, shapes), description)
+                target = frozen_copy(checkpoint.root, source)
+                if target.exists():  # not complete: a remote one whose copying was interrupted
+                    target.rmtree()
+                write_parameters(target, shapes, _slices(holder, shapes), description)
                 copied.append(source.path)
     return copied
 

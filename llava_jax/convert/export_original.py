@@ -6,6 +6,7 @@ tokenizer stay the same.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 from llava_jax.checkpoint.merged import merged
@@ -129,6 +130,8 @@ def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
     known = [name for name, tower in TOWERS.items() if tower.original]
     if config.vision.kind not in known:
         problems.append(f"vision tower {config.vision.kind}, only {' and '.join(known)}")
+    if not re.fullmatch(r"linear|mlp\d+x_gelu", config.projector_type):
+        problems.append(f"projector {config.projector_type}, only linear and mlpNx_gelu")
     if config.image_aspect == "resize":
         problems.append("image aspect resize, only pad and square")
     if isinstance(config.select_layer, tuple):

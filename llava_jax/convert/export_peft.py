@@ -6,6 +6,7 @@ written with it, since servers take low-rank matrices alone.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from llava_jax.checkpoint.merged import trained_whole, without_adapters
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
@@ -61,8 +62,8 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
     saved = [] if base else _modules_to_save(checkpoint, adapted)
     refuse_existing(output)
-    if base and os.path.realpath(base) == os.path.realpath(output):
-        raise UserError(f"{output}: --base and --output are one directory: the adapter and its base need two")
+    if base and Path(os.path.realpath(base)).is_relative_to(os.path.realpath(output)):
+        raise UserError(f"{output}: --base and --output are one directory, or the base is in it: they need two")
     if base:
         export_model(without_adapters(checkpoint), base)
     settings = _settings(checkpoint, lora, adapted, saved) | {"base_model_name_or_path": base or _base_name(checkpoint)}

@@ -1,6 +1,7 @@
 """Transformers' files for image processor, processor and generation, and our settings."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,9 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     _check_size(config, vision.image_size, where)
     stretches = isinstance(config.get("size"), dict) and "shortest_edge" not in config["size"]
     pads = get(config, "do_pad", False, where)
-    if stretches:
+    if pads and re.match("Llava(?!Next|Onevision)", str(config.get("image_processor_type"))):
+        aspect = "pad"  # to a square first, whichever way that is resized
+    elif stretches:
         aspect = "resize"
     elif not get(config, "do_center_crop", True, where):
         raise UserError(

@@ -65,6 +65,8 @@ def _downloaded(repository: str, revision: str | None, flag: str) -> Path:
         others = _ONLY_TORCH if any(path.glob("*.safetensors")) else _TORCH + _ONLY_TORCH
         # By its commit, so that all files are of the same one.
         snapshot_download(repository, revision=path.name, allow_patterns=list(others))
+    except errors.HFValidationError as error:
+        raise UserError(f"{what}: no such directory, and no name that the Hub has ({error})") from None
     except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{repository}"
         raise UserError(f"{what}: its owner grants access: ask at {page}, and set HF_TOKEN to your token") from None

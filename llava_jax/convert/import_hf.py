@@ -87,7 +87,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     config = hf_config.read_llava(source_json, where, widths_first=options.grid_order == "original")
     tensors = open_directory(directory)
     if adapter:
-        require_base(adapter, config.text)
+        require_base(adapter, config)
         tensors = with_adapter(tensors, open_adapter(adapter, options.unmerged), finder(tensors, LLAVA))
     tensors = split(tensors, config.text)
     source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)

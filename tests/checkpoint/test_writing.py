@@ -1,5 +1,7 @@
 """Models are written completely or not at all."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +47,25 @@ def test_nothing_is_left_behind_by_a_failed_save(tmp_path):
 def test_an_existing_output_is_not_overwritten(tmp_path, model_dir):
     with pytest.raises(UserError, match="exists already"):
         tiny.checkpoint(tmp_path)
+
+
+def test_an_empty_output_is_replaced_also_through_a_link(tmp_path, monkeypatch):
+    for name in ("empty", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("target")
+    for name, stays in (("empty", "empty"), ("link", "target")):
+        with new_directory(epath.Path(tmp_path / name)) as partial:
+            (partial / "a").write_text("new")
+        assert (tmp_path / stays / "a").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "notes~").write_text("kept")  # which etils does not list
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path).endswith("mount"))
+    for name, message in (("mount", "is where a disk is mounted"), ("hidden", "exists already")):
+        with pytest.raises(UserError, match=f"{name}: {message}"), new_directory(epath.Path(tmp_path / name)):
+            pytest.fail("began")
+    assert (tmp_path / "hidden" / "notes~").read_text() == "kept"
 
 
 def test_of_two_who_write_the_same_output_the_first_to_finish_stays(tmp_path):

@@ -538,6 +538,9 @@ def test_an_existing_output_is_refused_before_any_work(llava_dir, tmp_path):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+LLAVA_PROCESSOR = {"image_processor_type": "LlavaImageProcessorFast"}
+
+
 @pytest.mark.parametrize(
     ("settings", "flags", "aspect"),
     [
@@ -546,6 +549,8 @@ def test_an_existing_output_is_refused_before_any_work(llava_dir, tmp_path):
         ({"do_pad": False}, [], "square"),
         ({"do_pad": False}, ["--aspect", "pad"], "pad"),
         ({"size": {"height": 24, "width": 24}}, [], "resize"),
+        ({"size": {"height": 24, "width": 24}, **LLAVA_PROCESSOR, "do_pad": True}, [], "pad"),
+        ({"size": {"height": 24, "width": 24}, **LLAVA_PROCESSOR, "do_pad": False}, [], "resize"),
     ],
 )
 def test_image_settings_come_from_the_source(settings, flags, aspect, llava_dir, copy_of, tmp_path):

@@ -49,6 +49,9 @@ def test_a_workdir_with_a_copy_resumes_without_its_source_wherever_it_is(source,
     before, expected = final(workdir), final(tmp_path / "whole")
     with hold(epath.Path(workdir / "frozen")), pytest.raises(UserError, match="frozen: is in use by another process"):
         convert.main(["copy-frozen", "--checkpoint", str(workdir)])
+    (source_of,) = open_checkpoint(workdir).description.sources
+    cut = workdir / "frozen" / source_of.id / "params"  # as an interrupted copy in a bucket is
+    cut.mkdir(parents=True)
     assert convert.main(["copy-frozen", "--checkpoint", str(workdir)]) is None
     assert f"copied from {source}" in capsys.readouterr().out
     moved = tmp_path / "elsewhere" / "run"

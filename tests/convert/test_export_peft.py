@@ -18,6 +18,7 @@ from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.adapter import read_adapter
 from llava_jax.convert.served_adapter import read_for
+from llava_jax.data.anyres import AnyRes, Grid
 from llava_jax.models.config import TextConfig
 
 TOWER = (r"llm\.layers\..*_proj", r"vision\.layers\..*fc1")
@@ -94,6 +95,8 @@ def test_a_base_with_the_projector_and_an_adapter_for_servers(tmp_path, capsys):
     assert capsys.readouterr().err == f"warning: {tmp_path}/a: rank 20: vLLM needs --max-lora-rank 32\n"
     with pytest.raises(UserError, match="b: --base and --output are one directory"):
         export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "b", "--output", tmp_path / "b")
+    with pytest.raises(UserError, match="b: .*the base is in it"):
+        export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "b/hf", "--output", tmp_path / "b")
     assert not (tmp_path / "b").exists()
     check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -142,7 +145,8 @@ def test_an_adapter_says_how_its_prompts_were_made(tmp_path, capsys):
 
     for fields, message in (
         ({"template": "plane"}, "template is 'plane'; supported are "),
-        ({"image_aspect": None}, "image_aspect is None; supported are square, pad, resize"),
+        ({"image_aspect": None}, "image_aspect is None; supported are square, pad, resize, anyres"),
+        ({"image_aspect": "anyres"}, "is for another base: its image_aspect is anyres, that of the model pad"),
         ({"temperature": 1}, "'temperature' is no field that is known: template, image_position, image_aspect, base"),
         ({"base": {"family": "qwen2"}}, "is for another base: its family is qwen2, that of the model llama"),
         ({"base": {"rope_theta": 5e5}}, "is for another base: its rope_theta is 500000.0, that of the model 10000.0"),
@@ -155,6 +159,19 @@ def test_an_adapter_says_how_its_prompts_were_made(tmp_path, capsys):
         with pytest.raises(UserError, match=message):
             main(["import", *map(str, flags)])
     assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_of_a_model_with_anyres(tmp_path):
+    grids = AnyRes((Grid(1, 2), Grid(2, 1)), "spatial_unpad")
+    model = tiny.config(image_aspect="anyres", anyres=grids)
+    base, checkpoint = run(tmp_path, lora(targets=("q_proj",)), model)
+    export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "hf", "--output", tmp_path / "a")
+    flags = ["--llava", tmp_path / "a", "--base", tmp_path / "hf", "--output", tmp_path / "in"]
+    main(["import", *map(str, flags)])
+    assert open_checkpoint(tmp_path / "in").config.image_aspect == "anyres"
+    assert read_for(str(tmp_path / "a"), open_checkpoint(base)).prompts.config.anyres == grids
+    with pytest.raises(UserError, match="its image_aspect is anyres, that of the model pad"):
+        read_for(str(tmp_path / "a"), open_checkpoint(tiny.checkpoint(tmp_path / "plain")))
 
 
 def test_a_linear_projector_and_names_of_older_transformers(tmp_path):

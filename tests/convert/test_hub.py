@@ -187,6 +187,7 @@ def test_gated_models_want_a_token(hub, llava, monkeypatch):
             "--llm org/lava: no such directory, and http://.* has no such model, or a private one",
         ),
         ("org/llava@v2", "there is no branch, tag or commit v2 of it"),
+        ("or--g/llava", "no such directory, and no name that the Hub has .Cannot have"),
         ("lava", "^lava: no such file or directory"),
         ("./org/llava", "^./org/llava: no such file or directory"),
         ("a/b/c", "^a/b/c: no such file or directory"),
