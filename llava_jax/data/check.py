@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     checked, report, console = CheckedRecords(args.json, args.image_position, images), Report(), Console()
     if checked.selected:
         images = images_of(checked.selected, images)
+    if args.fix and checked.selected and Path(args.fix).exists():
+        raise UserError(f"{args.fix}: exists already, and may be one of the files that are checked: write to another")
     if args.fix and isinstance(images, ParquetImages):
         raise UserError(
             f"{args.fix}: --fix writes JSON, which holds no images of Parquet: training can skip bad samples"

@@ -43,6 +43,8 @@ def open_data(data: ConfigDict, lenient: bool = False) -> Source:
     for name, entry in entries:
         if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
             raise UserError(f"{name} is {entry!r}: it has to be a dict of {', '.join(sorted(KEYS))}")
+        if paths := [key for key in KEYS - {"weight"} if not isinstance(entry.get(key, ""), str)]:
+            raise UserError(f"{name}.{paths[0]} is {entry[paths[0]]!r}: it has to be one path; others are more entries")
         weight = entry.get("weight", 1.0)
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")

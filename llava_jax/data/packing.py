@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.data.plan import Lengths, Order, Rows, permutation
+from llava_jax.data.plan import Lengths, Order, Rows, permutation, whole_steps
 from llava_jax.data.sources import Sample
 
 # While more mean lengths of a row are free its samples are drawn; the last one or two samples are chosen to fit.
@@ -70,7 +70,7 @@ class PackedOrder(Order):
 
     def steps(self, epochs: float) -> int:
         complete = int(epochs)
-        rest = math.ceil(self.epoch_steps(complete) * (epochs - complete)) if epochs > complete else 0
+        rest = whole_steps(self.epoch_steps(complete) * (epochs - complete)) if epochs > complete else 0
         return sum(map(self.epoch_steps, range(complete))) + rest
 
     def _plan(self, epoch: int) -> Rows:

@@ -200,6 +200,9 @@ class Batches:
     def _read(self, index: int) -> tuple[Segment, Sequence[np.ndarray], BadSample | None]:
         """Text and images of a sample, whose record is parsed once, and what is wrong with an image."""
         text = Segment(*np.zeros((3, 0), np.int32), 0, 0)  # what a sample with a bad text takes
+        side = self.layout.image_size
+        if self.encoded.skip_bad and self.lengths is not None and not self.lengths.tokens[index]:
+            return text, [np.zeros((0, side, side, 3), np.uint8)], None  # it was reported when it was measured
         try:
             sample = self.encoded.source[index]
             text = self.encoded.segment(index, sample)
@@ -214,8 +217,7 @@ class Batches:
         except UserError as error:
             if not self.encoded.skip_bad:
                 raise
-            # A bad text takes no positions: it was reported when the texts were measured, unless it was good then.
-            known = len(text.tokens) or (self.lengths is not None and self.lengths.tokens[index])
-            bad = BadSample(index, sample.id, str(error)) if known else None
-        images = np.zeros((text.num_tiles, self.layout.image_size, self.layout.image_size, 3), np.uint8)
+            known = len(text.tokens) or self.lengths is not None  # a text that was good when it was measured
+            bad = BadSample(index, self.encoded.id(index), str(error)) if known else None
+        images = np.zeros((text.num_tiles, side, side, 3), np.uint8)
         return text._replace(labels=np.full_like(text.labels, IGNORE_INDEX)), [images], bad

@@ -39,6 +39,11 @@ def permutation(count: int, *key: int | str) -> np.ndarray:
     return order
 
 
+def whole_steps(steps: float) -> int:
+    """Rounded up, but for the error of floats: 1.1 epochs of 10 steps are 11."""
+    return math.ceil(round(steps, 6))
+
+
 def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Chooses `held_out` of the samples for validation.
 
@@ -139,7 +144,7 @@ class Order:
 
     def steps(self, epochs: float) -> int:
         """The number of steps of so many epochs, rounded up."""
-        return math.ceil(self.epoch_steps(0) * epochs)
+        return whole_steps(self.epoch_steps(0) * epochs)
 
     def before(self, step: int) -> np.ndarray:
         """The indices of all samples of the steps before `step`."""

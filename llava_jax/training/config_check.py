@@ -155,4 +155,17 @@ def _tracking(config: ConfigDict) -> Iterator[str]:
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
-RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracking)
+def _without_effect(config: ConfigDict) -> Iterator[str]:
+    """No option is set that does nothing because another one is not."""
+    values = dict(flatten(config.to_dict()))
+    for key, option in OPTIONS.items():
+        needed = next((other for prefix, other in NEEDED.items() if key.startswith(prefix) and key != other), None)
+        if needed and not values[needed] and values[key] != option.default:
+            yield f"{key} is {values[key]!r}, which has no effect without {needed}: set that, too"
+
+
+# Beginning of the names of options -> the option without which they have no effect.
+NEEDED = {"eval_every": "data.holdout", "evaluate.": "evaluate.benchmark", "profile.": "profile.steps"}
+NEEDED |= {"wandb.": "wandb.project"}
+
+RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracking, _without_effect)

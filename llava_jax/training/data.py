@@ -47,7 +47,7 @@ def prepare_data(config: ConfigDict, start: Start) -> RunData:
         model.tiling,
     )
     encoded = EncodedSource(source, encode, skip_bad)
-    lengths = _measure_together(encoded, config.data.workers)
+    lengths = _measure_together(encoded, config.data.workers, start.resumed)
     check_texts(lengths, config.data.max_bad_share)
     check_folders(source, lengths)
 
@@ -75,15 +75,23 @@ def prepare_data(config: ConfigDict, start: Start) -> RunData:
     return RunData(encoded, lengths, order, validation, steps, layout)
 
 
-def _measure_together(encoded: EncodedSource, workers: int) -> Lengths:
-    """The lengths of all samples. Each process measures a share of them, unless its cache has them."""
+def _measure_together(encoded: EncodedSource, workers: int, resumed: bool) -> Lengths:
+    """The lengths of all samples. Each process measures a share of them, unless its cache has them.
+
+    A run that resumes has the bad samples that it began with. A new one with AnyRes measures these again, as an image
+    that could not be read may be back.
+    """
     first, count = jax.process_index(), jax.process_count()
     known = cached_lengths(encoded)
-    share = measure(encoded, workers, first, count) if known is None else [part[first::count] for part in known]
+    share = measure(encoded, workers, first, count) if known is None else [part[first::count].copy() for part in known]
+    if known is not None and encoded.needs_sizes and not resumed:
+        for place in np.flatnonzero(share[0] == 0):
+            for part, value in zip(share, encoded.count(first + int(place) * count), strict=True):
+                part[place] = value
     lengths = np.zeros((len(encoded), len(Lengths._fields)), np.int32)
     for process, values in enumerate(distributed.gather("lengths", np.stack(share, axis=1))):
         lengths[process::count] = values
     together = Lengths(*np.ascontiguousarray(lengths.T))
-    if known is None:
+    if known is None or not np.array_equal(together, known):
         keep_lengths(encoded, together)
     return together

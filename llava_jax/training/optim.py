@@ -109,6 +109,13 @@ def trained(shapes: Mapping[str, Any], config: ConfigDict) -> dict[str, Group]:
             matching = sum(matches(group, name) for name in parameters)
             reason = f"all {matching} parameters that it matches are those of earlier patterns"
             raise _trains_nothing(group, reason if matching else _no_parameter(group, shapes))
+    for name, group in found.items():
+        adapter = f"{pieces.whole(name).removesuffix('.kernel')}.lora.a"
+        if group and name.endswith(".kernel") and adapter in shapes:
+            raise UserError(
+                f"config.trainable: the pattern {group.pattern} trains {pieces.whole(name)} itself, beside its adapter "
+                f"(config.lora.rank): put that of the adapters there instead, ({PATTERNS['lora']!r}, 'lora')"
+            )
     return {name: group for name, group in found.items() if group}
 
 

@@ -46,6 +46,9 @@ def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None)
             f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
             "which is not supported: train stage 2, or start from a model without them"
         )
+    if config.max_length > (known := model.text.max_position_embeddings):
+        warn(f"config.max_length is {config.max_length}, and the language model knows {known} positions "
+             "(max_position_embeddings): later ones are new to it")  # fmt: skip
     return Start(source, model, _template(config, source), step, resumed, goes_back=resumed and step == resume_from)
 
 

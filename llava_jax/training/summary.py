@@ -1,14 +1,14 @@
 """The run summary: what is trained from what, on which devices and data, and the first sample as the model sees it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from llava_jax.checkpoint.format import needed
-from llava_jax.cli import one_line, printable, say, short, track, warn, wrapped
+from llava_jax.cli import UserError, one_line, printable, say, short, track, warn, wrapped
 from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.inspect import view
@@ -57,8 +57,7 @@ def print_summary(run: Run, state: TrainState, frozen: Params) -> None:
     say(wrapped("\n".join(run_summary(run, state, frozen)), sys.stderr), file=sys.stderr, flush=True)
     samples, lengths = data.encoded.source, data.lengths
     warn_of_moved_images(samples, lengths, config.image_position)
-    first = next(index for index in data.order.visits(0) if lengths.tokens[index])
-    show_first_sample(data.encoded, first)
+    show_first_sample(data.encoded, (index for index in data.order.visits(0) if lengths.tokens[index]))
 
 
 def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
@@ -122,14 +121,24 @@ def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> No
         )
 
 
-def show_first_sample(source: EncodedSource, index: int) -> None:
-    """Prints a sample as the model sees it with its targets marked, and what its tokenizer lacks."""
-    sample, encode = source.source[index], source.encode
-    encoded = encode.ids(sample)
+def show_first_sample(source: EncodedSource, indices: Iterable[int]) -> None:
+    """Prints the first of the samples as the model sees it with its targets marked, and what its tokenizer lacks."""
+    encode = source.encode
+    for index in indices:
+        sample = source.source[index]
+        encoded = encode.ids(sample)
+        try:
+            sizes = source.sizes(index, sample)
+            break
+        except UserError:  # of an image
+            if not source.skip_bad:
+                raise
+    else:
+        return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if misfit := missing_marks(encode.template, encode.tokenizer):
         console.print(printable(f"warning: {misfit} (--config.template=NAME)"), markup=False)
-    kept = truncate(encoded, encode.features(sample, source.sizes(index, sample)), encode.max_length)
+    kept = truncate(encoded, encode.features(sample, sizes), encode.max_length)
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""
     ident = one_line(short(sample.id))

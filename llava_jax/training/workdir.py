@@ -17,7 +17,7 @@ from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
 from llava_jax.files.lock import entries
 from llava_jax.files.reading import read_json, read_object, require_regular
-from llava_jax.files.writing import write_json
+from llava_jax.files.writing import atomic_file, write_json
 from llava_jax.recipes.common import OPTIONS, get_config
 from llava_jax.recipes.options import flatten
 from llava_jax.training.metrics import BAD_SAMPLES, METRICS, step_of
@@ -73,7 +73,7 @@ def start_step(workdir: epath.Path, resume_from: int | None, verbose: bool = Tru
 def set_aside(workdir: epath.Path, step: int) -> None:
     """Moves the checkpoints after `step` to `set_aside/after_STEP`, with a copy of the logs."""
     newer, aside = [each for each in finished_steps(workdir / STEPS) if each > step], _aside(workdir, step)
-    if not newer and not aside.exists():
+    if not newer and not aside.exists() or (aside / METRICS).exists():
         return
     aside.mkdir(parents=True, exist_ok=True)
     _copy_log(workdir / BAD_SAMPLES, aside)
@@ -85,7 +85,8 @@ def set_aside(workdir: epath.Path, step: int) -> None:
 
 
 def _copy_log(file: epath.Path, directory: epath.Path) -> None:
-    (directory / file.name).write_bytes(file.read_bytes() if file.exists() else b"")
+    with atomic_file(directory / file.name) as copy:
+        copy.write(file.read_bytes() if file.exists() else b"")
 
 
 def _aside(workdir: epath.Path, step: int) -> epath.Path:

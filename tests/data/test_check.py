@@ -249,6 +249,19 @@ def test_samples_with_warnings_are_kept(tmp_path, images, capsys, smollm2_dir):
     assert [reject["id"] for reject in rejects] == ["cut"]
 
 
+def test_fix_overwrites_none_of_several_files(tmp_path, images):
+    data = sample("a", "Hi", image=None)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps([data]))
+    (tmp_path / "sets.yaml").write_text(
+        f"datasets:\n  - json_path: {tmp_path}/a.json\n  - json_path: {tmp_path}/b.json\n"
+    )
+    args = ["--json", str(tmp_path / "sets.yaml"), "--images", str(images), "--fix", str(tmp_path / "b.json")]
+    with pytest.raises(UserError, match="b.json: exists already, and may be one of the files that are checked"):
+        main(args)
+    assert json.loads((tmp_path / "b.json").read_text()) == [data]
+
+
 def test_fix_writes_nothing_where_nothing_would_be_left(tmp_path, images):
     (tmp_path / "bad.jsonl").write_text(json.dumps(sample("x", image="b.png")))
     args = ["--json", str(tmp_path / "bad.jsonl"), "--images", str(images), "--fix"]

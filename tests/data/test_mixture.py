@@ -111,6 +111,7 @@ def test_held_out_samples_are_left_out_of_each_set(sets):
         ({"json": "a", "mixture": ({"json": "a"},)}, "mixture stands beside config.data.json"),
         ({"mixture": ("a.json",)}, r"mixture\[0\] is 'a.json': it has to be a dict of built, images, json, weight"),
         ({"mixture": ({"jsn": "a"},)}, "has to be a dict of"),
+        ({"mixture": ({"json": ["a", "b"]},)}, r"mixture\[0\].json is \['a', 'b'\]: it has to be one path"),
         ({"mixture": ({"json": "a", "weight": 0},)}, r"mixture\[0\]: a weight has to be a number above 0, not 0"),
         ({"mixture": ({"json": "a", "weight": "2"},)}, "a number above 0, not '2'"),
         ({"mixture": ({"weight": 2},)}, r"config.data.mixture\[0\] names no data"),

@@ -79,6 +79,11 @@ def test_every_sample_once_an_epoch(count, batch_rows, seed):
         assert all(rows[: len(indices)])  # empty rows stand last
 
 
+def test_parts_of_epochs_are_rounded_up_to_whole_steps():
+    order = Order(np.arange(100), 10, 0)
+    assert [order.steps(epochs) for epochs in (1, 1.1, 1.11, 0.01)] == [10, 11, 12, 1]
+
+
 def test_epochs_are_shuffled_and_validation_is_not():
     orders = {seed: [Order(np.arange(50), 50, seed).rows(epoch) for epoch in range(2)] for seed in (0, 1, None)}
     assert orders[0][0] != orders[0][1] and orders[0] != orders[1]

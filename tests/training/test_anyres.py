@@ -128,6 +128,28 @@ def test_an_image_that_is_too_thin_is_named(world, tmp_path):
         loop.train(config, str(tmp_path / "run"))
 
 
+def test_an_image_that_comes_back_is_trained_by_a_new_run(world, tmp_path, capsys):
+    """A run goes on with the bad samples that it began with."""
+    folder, image = tmp_path / "images", tmp_path / "images" / "3.png"
+    shutil.copytree(world["images"], folder)
+    config = anyres_config(world, steps=4)
+    with config.unlocked():
+        config.max_length = 120  # lengths that no other test has in the cache
+        config.data.images, config.data.on_bad_sample, config.data.max_bad_share = str(folder), "skip", 1.0
+    image.rename(tmp_path / "away.png")
+    stop_at(2, config, tmp_path / "first")
+    (tmp_path / "away.png").rename(image)
+    loop.train(config, str(tmp_path / "first"))
+    bad = [json.loads(line) for line in (tmp_path / "first" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(entry["id"], entry["part"]) for entry in bad] == [("s3", "text")]
+    loop.train(config, str(tmp_path / "second"))
+    assert not (tmp_path / "second" / "bad_samples.jsonl").exists()
+    image.unlink()  # all are in the cache now; the first sample that can be read is shown
+    capsys.readouterr()
+    loop.train(config, str(tmp_path / "third"))
+    assert "the first sample, s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
 def test_images_that_changed_since_they_were_measured(world, on_bad_sample, tmp_path, monkeypatch):
     """Another size is an error, since rows are planned; an image that is gone is skipped where that is asked for."""

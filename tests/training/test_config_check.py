@@ -142,6 +142,24 @@ def test_a_learning_rate_that_a_table_replaces_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({"eval_every": 5}, "data.holdout"),
+        ({"evaluate.every": 5}, "evaluate.benchmark"),
+        ({"evaluate.questions": "q.json"}, "evaluate.benchmark"),
+        ({"profile.start": 5}, "profile.steps"),
+        ({"wandb.entity": "us"}, "wandb.project"),
+    ],
+)
+def test_options_without_effect_are_refused(changes, needed):
+    config = common.get_config()
+    config.update_from_flattened_dict(changes)
+    (key,) = changes
+    with pytest.raises(UserError, match=f"config.{key} is .*, which has no effect without {needed}: set that, too"):
+        config_check.check(config)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rank": 8, "targets": "q_proj"}, "config.lora.targets is 'q_proj': it has to be a tuple"),

@@ -436,10 +436,10 @@ def test_a_long_first_sample_is_shown_as_it_is_cut(world, capsys):
     source = LlavaJson(world["json"])
     whole = TextEncoder(get_template("v1"), tokenizer, image_tokens=4, max_length=64)
     length = len(whole(source[0]).tokens)
-    summary.show_first_sample(EncodedSource(source, dataclasses.replace(whole, max_length=length - 1)), 0)
+    summary.show_first_sample(EncodedSource(source, dataclasses.replace(whole, max_length=length - 1)), [0])
     told = capsys.readouterr().err
     assert f"sample-0, cut to {length - 4} of {length - 3} tokens" in told and "⟦ It is red.⟧" in told
-    summary.show_first_sample(EncodedSource(source, whole), 0)
+    summary.show_first_sample(EncodedSource(source, whole), [0])
     told = capsys.readouterr().err
     assert "cut" not in told and "⟦ It is red.</s>⟧" in told
 

@@ -8,6 +8,7 @@ import tiny
 
 from configs import common
 from llava_jax.cli import UserError
+from llava_jax.models.config import LoraConfig
 from llava_jax.models.llava import abstract_params, used_params
 from llava_jax.training import optim
 
@@ -51,6 +52,15 @@ def test_a_pattern_that_trains_nothing_is_an_error():
         UserError, match="pattern llm.norm trains nothing: all 1 parameters that it matches are those of ear"
     ):
         optim.trained(names, table({"parameters": "llm"}, {"parameters": "llm.norm"}))
+
+
+def test_weights_are_not_trained_beside_their_adapters():
+    names = abstract_params(tiny.config(lora=LoraConfig(rank=2, alpha=4.0, targets=("q_proj",))))
+    message = r"the pattern llm\\\. trains llm.layers.attention.q_proj.kernel itself, beside its adapter"
+    with pytest.raises(UserError, match=message):
+        optim.trained(names, table((r"projector\.", "projector"), (r"llm\.", "llm")))
+    groups = optim.trained(names, table((r".+\.lora\.", "lora"), (r"llm\..*norm", "llm")))
+    assert "llm.layers.attention.q_proj.lora.a" in groups and "llm.norm.scale" in groups
 
 
 @pytest.mark.parametrize("layers", ["2:", "1:1", "2:1", "-3:", ":3", ":-2"])

@@ -152,7 +152,8 @@ def test_muon_trains_all_matrices_but_tables_of_tokens():
     config = config_of("muon", weight_decay=0.0)
     model = tiny.config(lora=LoraConfig(rank=2, alpha=4.0, targets=("q_proj",)))
     params = {name: jnp.zeros(leaf.shape) for name, leaf in abstract_params(model).items()}
-    optimizer = optim.make_optimizer(config, optim.trained(params, config), STEPS)
+    (group,) = optim.groups(config)
+    optimizer = optim.make_optimizer(config, dict.fromkeys(params, group), STEPS)
     rng = np.random.default_rng(0)
     gradients = {name: jnp.asarray(rng.normal(size=value.shape), jnp.float32) for name, value in params.items()}
     updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)

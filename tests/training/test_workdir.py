@@ -49,6 +49,16 @@ def test_a_workdir_whose_first_file_was_never_finished_is_taken(tmp_path):
     assert json.loads((tmp_path / "data.json").read_text()) == {"samples": 1, "sha256": "0"}
 
 
+def test_what_was_set_aside_stays(tmp_path):
+    """Even if the run is asked to go back to the same step before it has saved another."""
+    aside = tmp_path / "set_aside" / "after_2"
+    aside.mkdir(parents=True)
+    (aside / METRICS).write_text("all steps")
+    (tmp_path / METRICS).write_text("steps up to 2")
+    workdir.set_aside(epath.Path(tmp_path), 2)
+    assert (aside / METRICS).read_text() == "all steps"
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir])
 def test_a_log_that_is_no_file_is_named_and_not_waited_for(make, tmp_path):
     file = tmp_path / METRICS
