@@ -11,8 +11,9 @@ from etils import epath
 
 from llava_jax.cli import UserError, one_line, say, track
 from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.samples import ROLES, is_encodable, record_value
+from llava_jax.data.samples import ROLES, Fault, image_names, is_encodable, record_value
 from llava_jax.data.templates import IMAGE_TOKEN
+from llava_jax.data.unsupported import foreign_mark
 
 CAPTION_KEYS = ("caption", "blip_caption")
 SPECIAL_TOKENS = (IMAGE_TOKEN, "<s>", "</s>")  # which training would not take for text
@@ -71,6 +72,8 @@ def _parse(record: Record, keys: tuple[str, ...]) -> Caption:
     image, ident = value.get("image"), value.get("id")
     if not isinstance(image, str) or not image:
         raise UserError(f"{record.where}: `image` is not the name of an image")
+    if isinstance(names := image_names({"image": image}), Fault):
+        raise UserError(f"{record.where}: {names.detail}")
     if not isinstance(ident, str | int | None):
         raise UserError(f"{record.where}: `id` is neither text nor a number")
     if not is_encodable(f"{image}{ident}"):
@@ -109,6 +112,8 @@ def _clean(text: Any, where: str) -> str:
     for token in SPECIAL_TOKENS:
         if token in text:
             raise UserError(f"{where}: its caption holds {token}, which training would not take for text")
+    if mark := foreign_mark(text, question=False):
+        raise UserError(f"{where}: its caption holds {mark}, which training would not take for text")
     return " ".join(text.split())
 
 

@@ -41,13 +41,13 @@ class Finder:
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._longest: dict[str, int] = {}  # words of a name that begins with this one
         for name, found in names.items():
-            if words := tuple(_TOKEN.findall(name)):
+            if words := tuple(_words(name)):
                 self._names[words] = tuple(sorted(found))
                 self._longest[words[0]] = max(len(words), self._longest.get(words[0], 0))
 
     def mentions(self, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Each mention of an object, in lower case, and the categories that it can mean."""
-        words = _TOKEN.findall(text.lower().replace("’", "'"))
+        words = _words(text)
         start = 0
         while start < len(words):
             for length in range(self._longest.get(words[start], 0), 0, -1):
@@ -62,6 +62,11 @@ class Finder:
     def named(self, text: str) -> set[str]:
         """All categories that the mentions of a text can mean."""
         return {category for _, categories in self.mentions(text) for category in categories}
+
+
+def _words(text: str) -> list[str]:
+    """In lower case and without a possessive 's."""
+    return [word.removesuffix("'s") for word in _TOKEN.findall(text.lower().replace("’", "'"))]
 
 
 def _spaced(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -89,6 +90,8 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
                 for task, outcome in zip(tasks, outcomes, strict=True)
             ]
         spent = ledger.totals()
+    except sqlite3.OperationalError as error:  # as a full disk
+        raise UserError(f"{ledger.path}: cannot be written ({error}); the same command resumes") from error
     finally:
         ledger.close()
     say(

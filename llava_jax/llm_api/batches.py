@@ -109,14 +109,15 @@ class Batches:
         for batch in self.ledger.open_batches():
             if batch.id is None:
                 self.ledger.note_batch(batch.number, await self._send(batch))
-        seen = time.monotonic()
+        failing_since = None
         while batches := self.ledger.open_batches():
             try:
                 for batch in batches:
                     refused |= await self._collect(batch)
-                seen = time.monotonic()
+                failing_since = None
             except ERRORS as error:  # within a day a network may fail for a while
-                if _permanent(error) or time.monotonic() - seen > self.settings.patience:
+                failing_since = failing_since or time.monotonic()
+                if _permanent(error) or time.monotonic() - failing_since > self.settings.patience:
                     raise self._error(error) from error
                 say(f"{self.api.base_url}: {first_cause(error)}; looks again in {self.poll:.0f} s", file=sys.stderr)
             if self.ledger.open_batches():
@@ -214,6 +215,8 @@ class Batches:
                         self.ledger.failed(row, str(error), 0.0)
                         if not error.transient:
                             refused[task] = f"{str(error).rstrip('.')}{advice(error, self.settings)}"
+            for row in tasks if status == "completed" else ():  # the server would not answer them next time either
+                self.ledger.failed(row, "the batch was completed without it", 0.0)
             self.ledger.close_batch(batch.number, f"batch {status} without it")
         if rejected and (len(rejected) == count or rejected[-1].permanent):
             raise UserError(f"{self.api.base_url}: {rejected[-1]}; the same command resumes")

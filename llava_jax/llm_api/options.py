@@ -41,8 +41,8 @@ def add_api_arguments(
     add("--attempts", type=positive, default=3, metavar="N", help="answers to a task before it has failed (default: 3)")
     add("--concurrency", type=positive, default=concurrency, metavar="N",
         help="requests at a time (default: %(default)s)")  # fmt: skip
-    add("--requests-a-minute", type=_amount, metavar="N", help="limit (default: learned from the server)")
-    add("--tokens-a-minute", type=_amount, metavar="N", help="limit (default: learned from the server)")
+    add("--requests-a-minute", type=_limit, metavar="N", help="limit (default: learned from the server)")
+    add("--tokens-a-minute", type=_limit, metavar="N", help="limit (default: learned from the server)")
     add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
     add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
         help="dollars for a million tokens of prompt and of completion; with --batch, of the batch API")  # fmt: skip
@@ -101,6 +101,12 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     if given.get("max_completion_tokens") is not None:
         del body["max_tokens"]
     return {key: value for key, value in {**body, **given}.items() if value is not None}
+
+
+def _limit(text: str) -> float:
+    if (value := _amount(text)) == 0:
+        raise argparse.ArgumentTypeError("has to be above 0; leave it out for no limit")
+    return value
 
 
 def _amount(text: str) -> float:

@@ -52,11 +52,12 @@ def read_completion(completion: Any, messages: Sequence[Message], max_tokens: in
         raise TransientError(
             f"the answer is no chat completion: {json.dumps(completion)[:100]}", charged=True
         ) from error
-    max_tokens = max_tokens or sys.maxsize
     usage = completion.get("usage")
-    if _possible(usage, text, max_prompt_tokens(messages), max_tokens):
-        return Answer(text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"])
-    written = min(estimate_tokens([{"content": text or ""}]), max_tokens)
+    if _possible(usage, text, max_prompt_tokens(messages), max_tokens or sys.maxsize):
+        return Answer(text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"] + _thought(usage))
+    written = min(estimate_tokens([{"content": text or ""}]), max_tokens or sys.maxsize)
+    if finish_reason == CUT_OFF:  # it may have thought until then
+        written = max_tokens or written
     return Answer(text, finish_reason, estimate_tokens(messages), written, "estimated")
 
 
@@ -109,6 +110,14 @@ def _text(content: Any) -> str | None:
         content = "".join(texts) if texts else None
     # Lone surrogates cannot be stored.
     return None if content is None else content.encode(errors="replace").decode()
+
+
+def _thought(usage: dict[str, Any]) -> int:
+    """The tokens of thinking that some servers (xAI, Gemini) count beside those of the completion: the sum tells."""
+    details, total = usage.get("completion_tokens_details"), usage.get("total_tokens")
+    beside = total - usage["prompt_tokens"] - usage["completion_tokens"] if type(total) is int else 0
+    thought = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    return beside if beside > 0 and thought in (None, beside) else 0
 
 
 def _possible(usage: Any, text: str | None, max_prompt: int, max_completion: int) -> bool:

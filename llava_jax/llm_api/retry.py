@@ -25,6 +25,7 @@ class Retry:
     def __init__(self, server: object, tries: int, patience: float, stop: Stop):
         self.server, self.tries, self.patience, self.stop = server, tries, patience, stop
         self.answered_at = time.monotonic()  # when a request was answered last
+        self.refused_since: float | None = None  # the first rate limit error after that
 
     async def until_answered(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """Calls `attempt` until it raises no `TransientError`.
@@ -37,11 +38,12 @@ class Retry:
         while True:
             try:
                 answer = await attempt()
-                self.answered_at = time.monotonic()
+                self.answered_at, self.refused_since = time.monotonic(), None
                 return answer
             except TransientError as error:
                 if error.refusal:  # the rate limit delays the next attempt
-                    if time.monotonic() - self.answered_at <= self.patience:
+                    self.refused_since = self.refused_since or time.monotonic()
+                    if time.monotonic() - self.refused_since <= self.patience:
                         continue
                     message = f"only refusals for {self.patience:.0f} s ({error}); the same command resumes"
                     raise UserError(f"{self.server}: {message}") from error

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import httpx2
 import openai
 
 from llava_jax.cli import UserError
@@ -67,5 +68,5 @@ def connect(settings: Settings) -> openai.AsyncOpenAI:
             timeout=settings.timeout,
             http_client=openai.DefaultAioHttpClient(),  # less work a request than httpx
         )
-    except openai.OpenAIError as error:
-        raise UserError(f"{error}") from error
+    except (openai.OpenAIError, httpx2.InvalidURL) as error:
+        raise UserError(f"{settings.base_url}: {error}") from error

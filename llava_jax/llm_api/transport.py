@@ -72,9 +72,10 @@ class Transport:
     async def _post(self, request: Request, **how: Any) -> Any:
         """As chat.completions.create, which spends more time on checking messages and answer than all the rest takes.
 
-        Each try of a request has the same key, also by later processes: gateways that know such keys charge it once.
+        Each try of a request with the same options has the same key, also by later processes: gateways that know such
+        keys charge it once.
         """
-        key = [self.settings.model, request.task, request.attempt, request.prompt_hash]
+        key = [self._rest.decode(), request.task, request.attempt, request.prompt_hash]
         headers = {"Idempotency-Key": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
         body = b'{"messages": %b, %b' % (request.messages_json, self._rest)  # messages are encoded only once
         return await self.api.post(PATH, content=body, options={"headers": headers}, **how)

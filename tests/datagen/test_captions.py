@@ -101,6 +101,8 @@ BAD = {
     '{"image": "a\\ud800.jpg", "caption": "A cat."}': "no valid Unicode",
     '{"image": "a.jpg", "id": "\\ud800", "caption": "A cat."}': "no valid Unicode",
     '{"image": "a.jpg", "id": [], "caption": "A cat."}': "`id` is neither",
+    '{"image": "https://a.org/a.jpg", "caption": "A cat."}': "a URL: save the image to a file",
+    '{"image": "a.jpg", "caption": "A cat <image1>."}': "holds <image1>, which training would not take for text",
     json.dumps({**SAMPLE, "conversations": SAMPLE["conversations"] * 2}): "has 2 answers",
 }
 

@@ -37,6 +37,7 @@ def sample(*texts, ident="1", image="cat.jpg"):
         ("a train station, a couple of oranges", {"orange"}),
         ("There is no dog, nor any visible cars; it isn't a cat. A puppy!", {"dog"}),
         ("catalogue, scar, dogma", set()),
+        ("The dog's tail, the cat’s ears and a catcher's mitt", {"dog", "cat", "baseball glove"}),
         ("women and children with mice", {"person", "mouse"}),
         ("Traffic cones and a Circle", {"traffic cone", "circle"}),
         ("", set()),

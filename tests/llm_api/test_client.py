@@ -9,13 +9,14 @@ import pytest
 from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
-from llava_jax.llm_api import asking, retry
+from llava_jax.llm_api import asking, batches, retry
 from llava_jax.llm_api.asking import Outcome, Task, Work
 from llava_jax.llm_api.budget import Budget, BudgetSpent
 from llava_jax.llm_api.client import Client
 from llava_jax.llm_api.cost import Prices, max_prompt_tokens
 from llava_jax.llm_api.errors import Refused
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger, Request
+from llava_jax.llm_api.replies import read_completion
 from llava_jax.llm_api.settings import Settings
 from llava_jax.llm_api.stop import Stopped
 
@@ -380,6 +381,33 @@ def test_an_address_without_its_path_is_told(ledger: Ledger, path: str):
     assert isinstance(error, UserError) and "status 404" in str(error) and "It ends with /v1" in str(error)
 
 
+@pytest.mark.parametrize("address", ["http://[", "http://host:port/v1", "http://", "https:///v1"])
+def test_an_address_that_is_none_is_one_line(tmp_path: Path, address: str):
+    task = Task("A", lambda: [{"role": "user", "content": "A?"}], str.strip)
+    with pytest.raises(UserError, match="^http.*") as error:
+        ask_in(tmp_path, Work(Settings("m", {"max_tokens": 9}, address, "key", tries=1)), task)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("usage", "finish_reason", "booked"),
+    [
+        ({"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}, "stop", 3),
+        ({"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 52}, "stop", 43),  # Gemini
+        ({"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 52,
+          "completion_tokens_details": {"reasoning_tokens": 40}}, "stop", 43),  # xAI
+        ({"prompt_tokens": 9, "completion_tokens": 43, "total_tokens": 52,
+          "completion_tokens_details": {"reasoning_tokens": 40}}, "stop", 43),  # OpenAI
+        ({"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": "many"}, "stop", 3),
+        (None, "stop", 6),  # an estimate
+        (None, "length", 50),
+    ],
+)  # fmt: skip
+def test_thinking_is_booked_wherever_it_is_counted(usage: Any, finish_reason: str, booked: int):
+    body = completion("Yes.", finish_reason) | {"usage": usage}
+    assert read_completion(body, [{"role": "user", "content": "Is it?"}], 50).completion_tokens == booked
+
+
 def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:
     return asking.ask_all(work, tasks, directory, {}, "asking")
 
@@ -438,6 +466,16 @@ def test_why_there_is_no_answer(tmp_path: Path, body: Any, reason: str, asked: i
         server.script.raw = lambda _: None
         again = ask_in(tmp_path, work, *tasks)[1]
         assert (again.value == "You said: A?") == (open_ or reason.startswith("refused"))  # what was answered stays
+
+
+def test_what_completed_batches_leave_out_is_given_up(tmp_path: Path):
+    tasks = [Task(name, lambda name=name: [{"role": "user", "content": f"{name}?"}], str.strip) for name in "BA"]
+    with ScriptedLLM() as server:
+        server.batches.omits = lambda body: body["messages"][0]["content"] == "A?"
+        work = Work(Settings("m", {"max_tokens": 9}, server.url, "key", concurrency=1), batch=True, poll=0.01)
+        other, none = ask_in(tmp_path, work, *tasks)
+        assert other.value == "You said: B?" and none.reason.startswith("server-error: ") and none.open
+        assert len(server.batches.batches) == batches.TRIES
 
 
 def test_what_is_refused_for_the_rate_in_a_batch_stays_open(tmp_path: Path):

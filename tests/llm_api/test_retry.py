@@ -65,6 +65,14 @@ def test_a_request_alone_is_refused_where_others_are_answered():
         asyncio.run(run())
 
 
+def test_patience_begins_with_the_first_refusal(monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr(retry, "time", clock)
+    layer = Retry("s", 1, 10, Stop())
+    clock.now = 1000.0  # without a request
+    assert until_answered(layer, TransientError("slow down", refusal=Refusal(1.0)), ANSWER) == ANSWER
+
+
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch):
     now = iter(range(0, 100, 4))
     monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: next(now)))

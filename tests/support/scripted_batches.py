@@ -14,7 +14,8 @@ class ScriptedBatches:
 
     `answer` makes status and body from the body of a request. `fate`, if given, is how the next batches end instead
     (`failed`, `expired`), an expired one with half of its answers; `broken` has the next POST of a batch answer 500
-    after the batch was made; `away` is how often looks at batches and their files are answered 503.
+    after the batch was made; `away` is how often looks at batches and their files are answered 503; requests for which
+    `omits` is true are in no file of answers.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], tuple[int, Any]], looks: int = 2):
@@ -23,6 +24,7 @@ class ScriptedBatches:
         self.batches: dict[str, dict[str, Any]] = {}
         self.fates: list[str] = []
         self.broken = self.away = 0
+        self.omits: Callable[[dict[str, Any]], bool] = lambda body: False
 
     def handle(self, method: str, path: str, body: bytes) -> Reply | None:
         """The reply to a request, None for an unknown path."""
@@ -72,6 +74,8 @@ class ScriptedBatches:
         good, bad = [], []
         for line in lines[: len(lines) // 2] if batch["fate"] == "expired" else lines:
             request = json.loads(line)
+            if self.omits(request["body"]):
+                continue
             status, body = self.answer(request["body"])
             response = {"status_code": status, "request_id": "r", "body": body}
             result = {"id": "x", "custom_id": request["custom_id"], "response": response, "error": None}
