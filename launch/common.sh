@@ -106,14 +106,25 @@ check_training() {
       --config=*) config="${flag#--config=}" ;;
       --workdir=*) workdir="${flag#--workdir=}" ;;
       --config.?*=*) ;;
-      *) die "$(quote "$flag") after --: flags of training are --config=F, --workdir=D and --config.KEY=VALUE" ;;
+      --resume[-_]from=[0-9]* | --start_timeout=[0-9]*) ;;
+      *) die "$(quote "$flag") after --: flags of training are --config=F, --workdir=D, --config.KEY=VALUE," \
+        "--resume-from=STEP and --start_timeout=SECONDS" ;;
     esac
   done
   [ -n "$config" ] || die "--config=F must be given after --, as in: -- --config=configs/finetune.py --workdir=gs://..."
   local recipe="${config%%:*}"
   [ -f "$ROOT/$recipe" ] || [ -f "$ROOT/llava_jax/recipes/$recipe.py" ] ||
+    [[ $1 != remote && $recipe = /* && -f $recipe ]] ||
     die "--config is $(quote "$config"): $ROOT has no file $recipe"
   [ -n "$workdir" ] || die "--workdir=D must be given after --"
   [ "$1" != remote ] || [[ $workdir =~ ^gs://[^/]+/.+ ]] ||
     die "--workdir is $(quote "$workdir"): the hosts share no disk, so it has to be like gs://bucket/run"
+  [ "$PWD" = "$ROOT" ] || for flag in "${TRAINING[@]}"; do
+    case "$flag" in
+      --workdir=/* | --workdir=*://* | --config.*=/* | --config.*=*://*) ;;
+      --workdir=?* | --config.init=?* | --config.data.json=?* | --config.data.images=?* | --config.data.built=?*)
+        die "$(quote "$flag"): the training runs in $ROOT: give a path that begins with /, or start it from there"
+        ;;
+    esac
+  done
 }

@@ -10,7 +10,7 @@
 #     --config.data.json=gs://bucket/mix665k.json --config.data.images=gs://bucket/images
 #
 # options:
-#   --accelerators=A   of a node: H100:8, A100-80GB:8, ..., or tpu-v4-8, tpu-v5p-8, tpu-v6e-8, ...
+#   --accelerators=A   of a node: H100:8, A100-80GB:8, ..., or tpu-v4-8, tpu-v5litepod-8, tpu-v6e-8, ...
 #   --nodes=N          (default 1; GPUs only)
 #   --infra=I          as in gcp/us-central1 or k8s
 #   --spot             may be preempted, costs less
@@ -51,9 +51,9 @@ check() {
   case "$ACCELERATORS" in
     tpu-*)
       ACCELERATOR="${ACCELERATORS#tpu-}"
-      check_accelerator "${ACCELERATOR/v5e/v5litepod}"
+      check_accelerator "$ACCELERATOR"
       [ "$NODES" -eq 1 ] || die "--nodes is $NODES: a TPU slice is one node, however many hosts it has"
-      PLATFORM="${ACCELERATOR%-*}" EXTRA=tpu
+      PLATFORM="$(flags_of "$ACCELERATOR")" EXTRA=tpu
       ;;
     *)
       match accelerators "$ACCELERATORS" '[A-Z][A-Za-z0-9-]*:([1-9]|1[0-6])' 'H100:8 or tpu-v6e-8'

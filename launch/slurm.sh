@@ -59,5 +59,5 @@ check
 # the loss of a node, and the log goes on where it was.
 run sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" \
   --cpus-per-task="$CPUS" ${TIME:+--time="$TIME"} ${OTHER[@]+"${OTHER[@]}"} \
-  --signal=TERM@300 --requeue --open-mode=append --output="$NAME-%j.log" --chdir="$ROOT" \
+  --signal=TERM@300 --requeue --open-mode=append --output="$PWD/$NAME-%j.log" --chdir="$ROOT" \
   "$ROOT/launch/slurm_job.sh" "${TRAINING[@]}"

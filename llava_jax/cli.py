@@ -38,6 +38,12 @@ MAX_MESSAGE = 4000  # characters
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+LESS_MEMORY = (
+    "compute fewer rows at a time: config.max_rows_per_device in training (python -m llava_jax.preflight finds how "
+    "many fit), or --batch-rows, --slots or --context"
+)
+
+
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
@@ -128,6 +134,9 @@ def report(error: BaseException) -> tuple[int, str]:
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             status, message = 1, f"error: {one_line(where + (error.strerror or str(error)))}"
+        case Exception() if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+            said = str(error).partition("\n")[0]
+            status, message = 1, f"error: a device is out of memory: {one_line(said)}; {LESS_MEMORY}"
         case _:
             say("".join(traceback.format_exception(error)), end="", file=sys.stderr)
             return 1, f"{type(error).__name__}: {one_line(str(error))}"

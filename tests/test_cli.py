@@ -43,6 +43,11 @@ def start(body: str, *args: str) -> subprocess.Popen:
         ("raise UserError('a.json: line 3:\\n is bad')", 1, "error: a.json: line 3: is bad\n"),
         ("open('/nowhere/at/all')", 1, "error: /nowhere/at/all: No such file or directory\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        (
+            "raise type('JaxRuntimeError', (RuntimeError,), {})('RESOURCE_EXHAUSTED: Out of memory: 9 GiB\\nHLO')",
+            1,
+            f"error: a device is out of memory: RESOURCE_EXHAUSTED: Out of memory: 9 GiB; {cli.LESS_MEMORY}\n",
+        ),
     ],
 )
 def test_statuses_and_messages(body, status, message):

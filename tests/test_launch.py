@@ -148,6 +148,7 @@ def test_training_flags_arrive_as_they_were_given(script):
         ("skypilot", {"--accelerators": "h100"}, "--accelerators is h100"),
         ("skypilot", {"--accelerators": "tpu-v6e-8"}, "a TPU slice is one node"),
         ("skypilot", {"--accelerators": "tpu-v6e-9"}, "v6e has 1, 4"),
+        ("skypilot", {"--accelerators": "tpu-v5e-8"}, "which is not like v4-8, v5litepod-16"),
         ("skypilot", {"--infra": "my cloud"}, "--infra is 'my cloud'"),
     ],
 )
@@ -167,6 +168,29 @@ def test_bad_arguments_are_errors_of_one_line(script, changes, told):
     assert refused.returncode == 2
     assert re.fullmatch(r"error: [^\n]+\n", refused.stderr) and told in refused.stderr
     assert refused.stdout == ""
+
+
+@pytest.mark.parametrize("script", DRY_RUNS)
+def test_an_earlier_step_can_be_resumed(script):
+    """As the error of a damaged checkpoint says."""
+    commands = dry_run(script, *DRY_RUNS[script], "--resume-from=300")
+    assert "--resume-from=300" in " ".join(word for command in commands for word in command)
+
+
+def test_slurm_trains_in_the_repository_whatever_the_current_directory(tmp_path):
+    """So paths have to be whole; the log is written where the command was given."""
+    recipe = tmp_path / "mine.py"
+    recipe.touch()
+    command = [LAUNCH / "slurm.sh", "--nodes=2", "--gpus=8", "--dry-run", "--", f"--config={recipe}"]
+
+    def submit(*training: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *training], cwd=tmp_path, capture_output=True, text=True)
+
+    accepted = submit("--workdir=/scratch/run", "--config.init=gs://bucket/a", "--config.data.json=/scratch/a.json")
+    assert accepted.returncode == 0 and f"--output={tmp_path}/llava-%j.log" in accepted.stdout
+    for flag in ("--workdir=runs/a", "--config.init=a", "--config.data.images=images"):
+        refused = submit(*(["--workdir=/scratch/run"] if "workdir" not in flag else []), flag)
+        assert refused.returncode == 2 and f"error: {flag}: the training runs in {ROOT}" in refused.stderr
 
 
 # --------------------------------------------------------------------------------------------------------- TPU VM
@@ -390,8 +414,8 @@ def test_skypilot_launches_the_yaml_with_its_variables():
     assert {"--gpus=H100:8", "--num-nodes=2", "--use-spot", f"--workdir={ROOT}"} <= set(launched)
     given = dict(word.removeprefix("--env=").split("=", 1) for word in launched if word.startswith("--env="))
     assert given.keys() == sky()["envs"].keys() and (given["EXTRA"], given["PLATFORM"]) == ("cuda", "gpu")
-    (launched,) = dry_run("skypilot", "--name=llava", "--accelerators=tpu-v5e-16", "--", *TRAINING)
-    assert {"--env=EXTRA=tpu", "--env=PLATFORM=v5e", "--gpus=tpu-v5e-16"} <= set(launched)
+    (launched,) = dry_run("skypilot", "--name=llava", "--accelerators=tpu-v5litepod-16", "--", *TRAINING)
+    assert {"--env=EXTRA=tpu", "--env=PLATFORM=v5e", "--gpus=tpu-v5litepod-16"} <= set(launched)
 
 
 @pytest.mark.parametrize("part", ["setup", "run"])

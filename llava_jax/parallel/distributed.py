@@ -37,6 +37,12 @@ LOST = re.compile(r"gloo|nccl|connection|closed|UNAVAILABLE|DEADLINE_EXCEEDED|AB
 _exiting = threading.Event()  # set once this process is about to exit
 
 
+class LostProcess(UserError):
+    """Another process is gone without a word, such as one that was killed."""
+
+    status = 134  # as of a crash, after which launchers start again
+
+
 class ExitTogether(SystemExit):
     """Raised by all processes at the same step, to exit with this status."""
 
@@ -197,11 +203,11 @@ def _watch() -> None:
     """Ends this process if another one fails or the coordinator, which is in process 0, is gone."""
     while not _exiting.wait(1.0):
         try:
-            failure = _others_failure()
+            failure, status = _others_failure(), 1
         except jax.errors.JaxRuntimeError as error:
-            failure = f"the coordinator, process 0, is gone ({_first_line(error)})"
+            failure, status = f"the coordinator, process 0, is gone ({_first_line(error)})", LostProcess.status
         if failure and not _exiting.is_set():
-            _exit(1, f"error: {failure}; process {jax.process_index()} exits, too")
+            _exit(status, f"error: {failure}; process {jax.process_index()} exits, too")
 
 
 def _others_failure() -> str | None:
@@ -229,7 +235,7 @@ def _exit_with(error: BaseException) -> NoReturn:
                 if failure := _others_failure():
                     _exit(1, f"error: {failure}; process {jax.process_index()} exits, too")
                 time.sleep(0.1)
-        error = UserError(f"lost another process, or the connection to it ({_first_line(error)})")
+        error = LostProcess(f"lost another process, or the connection to it ({_first_line(error)})")
     status, message = report(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"{FAILURES}/{jax.process_index()}", message)

@@ -65,12 +65,14 @@ def preflight(argv: list[str] | None = None) -> int:
         raise cli.UserError(
             "--price and --samples belong together: the price of a chip for an hour, samples of an epoch"
         )
+    if PRICE.value is not None and "cpu" in TARGET.value:
+        raise cli.UserError("--price: times are predicted for TPUs and GPUs, not for cpu")
     searches = {"batch": search.largest_batch, "slice": search.smallest_slice, "fastest": search.fastest}
     find = searches.get(SEARCH.value, report.report)
     reports = []
     for name in cli.track(TARGET.value, "compiling", every=0.0) if len(TARGET.value) > 1 else TARGET.value:
         found = find(CONFIG.value, name, MEMORY_FRACTION.value)
-        if PRICE.value is not None and found.prediction:
+        if PRICE.value is not None and found.fits:
             found = dataclasses.replace(found, cost=found.epoch_cost(PRICE.value, SAMPLES.value))
         reports.append(found)
         if JSON.value:

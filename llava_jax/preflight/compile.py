@@ -4,6 +4,7 @@ No step is run: parameters and batches are shapes.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -14,18 +15,19 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.cli import UserError
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.cli import UserError, warn
 from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LlavaConfig, quantized
 from llava_jax.parallel import sharding
 from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import hlo_cost, hlo_text, targets
 from llava_jax.preflight.targets import Target
+from llava_jax.remote import is_remote
 from llava_jax.training import builder, config_check
 from llava_jax.training.adapters import adapted
 from llava_jax.training.builder import TrainingProgram
-from llava_jax.training.start import with_images
+from llava_jax.training.start import check_preset, with_images
 from llava_jax.training.step import StepSettings
 
 # Memory of a GPU that the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
@@ -114,14 +116,30 @@ def preset(config: ConfigDict) -> str:
 
 def _model(config: ConfigDict) -> tuple[LlavaConfig, dict[str, jax.ShapeDtypeStruct] | None]:
     """The model and, of a checkpoint, the shapes and types of its parameters."""
-    if name := preset(config):
-        if name not in PRESETS:
-            raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
-        return dataclasses.replace(PRESETS[name], base_dtype=quantized(config.base_dtype)), None
-    if config.init:
-        checkpoint = open_checkpoint(config.init).quantized(config.base_dtype)
+    name = preset(config)
+    if name and name not in PRESETS:
+        raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
+    if checkpoint := _checkpoint(config, required=not name):
+        check_preset(config.model, checkpoint)
+        checkpoint = checkpoint.quantized(config.base_dtype)
         return checkpoint.config, checkpoint.abstract()
+    if name:
+        return dataclasses.replace(PRESETS[name], base_dtype=quantized(config.base_dtype)), None
     raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says which model to train")
+
+
+_warn_once = functools.cache(warn)  # a search builds the program many times
+
+
+def _checkpoint(config: ConfigDict, required: bool) -> Checkpoint | None:
+    """That of `config.init`; None if it is not on this machine, as before it is made."""
+    try:
+        return open_checkpoint(config.init) if config.init and (required or not is_remote(config.init)) else None
+    except UserError as error:
+        if required:
+            raise
+        _warn_once(f"{error}: compiles a checkpoint of {config.model} as published instead")
+        return None
 
 
 def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:

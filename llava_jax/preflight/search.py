@@ -66,10 +66,16 @@ def smallest_slice(config: ConfigDict, kind: str, memory_fraction: float | None 
     rows = max(config.max_rows_per_device, config.rows_per_group)
     tried: dict[str, bool] = {}
     names = targets.family(kind.partition(":")[0])
-    tries = Tries(memory_fraction)
+    tries, result = Tries(memory_fraction), None
     for number, name in enumerate(names):
-        larger, target = with_rows(config, name, rows), targets.parse(name)
-        state = state_bytes(build(larger, target))
+        target = targets.parse(name)
+        try:
+            larger = with_rows(config, name, rows)
+            state = state_bytes(build(larger, target))
+        except UserError:  # its devices do not make the mesh, or share the rows
+            if not result and name == names[-1]:
+                raise
+            continue
         tried[name] = state < available_memory(target, memory_fraction)  # else it need not be compiled
         if tried[name] or name == names[-1]:
             result = tries.report(larger, name, name, len(names) - number)
@@ -98,7 +104,13 @@ def fastest(config: ConfigDict, name: str, memory_fraction: float | None = None)
     def attempt(left: int, **changes: Any) -> bool:
         """Whether it fits."""
         overrides = tuple(f"--config.{key}={value}" for key, value in changes.items())
-        found[overrides] = tries.report(changed(config, changes), name, " ".join(overrides), left)
+        try:
+            found[overrides] = tries.report(changed(config, changes), name, " ".join(overrides), left)
+        except UserError as error:  # such as a mesh that the devices do not make
+            if not found:
+                raise
+            say(f"not possible: {error}", file=sys.stderr)
+            return False
         return found[overrides].fits
 
     choices = row_choices(config, name)

@@ -19,19 +19,7 @@ def text(report: "Report") -> str:
     lines += _collective_lines(report.collectives) if report.collectives else ()
     lines += _bound_lines(report.bound) if report.bound else ()
     lines += _prediction_lines(report.prediction) if report.prediction else ()
-    if report.cost:
-        lines.append(
-            f"epoch      {report.cost['samples']:,} samples, one a row, are {report.cost['steps']:,} steps: "
-            f"{report.cost['hours']:,.3g} hours, {report.cost['money']:,.2f} at this price"
-        )
-    if report.search == "fastest":
-        lines.append(f"fastest    {' '.join(report.overrides) if report.fits else 'none fits'}")
-        for overrides, seconds in sorted(report.tried.items(), key=lambda one: one[1] or math.inf):
-            lines.append(f"  {f'{seconds:.4g} s' if seconds else 'does not fit':<14}{overrides}")
-    elif report.search:
-        tried = ", ".join(f"{what} {'fits' if fits else 'does not'}" for what, fits in report.tried.items())
-        lines.append(f"search     {report.search}: {tried}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_found_lines(report)])
 
 
 def _head(report: "Report") -> Iterator[str]:
@@ -119,8 +107,24 @@ def _prediction_lines(prediction: "Prediction") -> Iterator[str]:
         yield f"  {one['part']:<26}{total:>9.3f} s = {one['times']} x {each:.3f} ms, {one['kind']}, {one['name']}"
 
 
+def _found_lines(report: "Report") -> Iterator[str]:
+    """What an epoch costs, and what a search found."""
+    if report.cost:
+        yield (
+            f"epoch      {report.cost['samples']:,} samples, one a row, are {report.cost['steps']:,} steps: "
+            f"{report.cost['hours']:,.3g} hours, {report.cost['money']:,.2f} at this price"
+        )
+    if report.search == "fastest":
+        yield f"fastest    {' '.join(report.overrides) if report.fits else 'none fits'}"
+        for overrides, seconds in sorted(report.tried.items(), key=lambda one: one[1] or math.inf):
+            yield f"  {f'{seconds:.4g} s' if seconds else 'does not fit':<14}{overrides}"
+    elif report.search:
+        tried = ", ".join(f"{what} {'fits' if fits else 'does not'}" for what, fits in report.tried.items())
+        yield f"search     {report.search}: {tried}"
+
+
 def table(reports: "Sequence[Report]") -> str:
-    """A line for each report, or two on a narrow terminal."""
+    """A line for each report, or two on a narrow terminal; then what was found besides."""
     lines = [
         f"{'target':<12}{'devices':>8}{'rows':>6}{'needed':>9}{'of GiB':>8}  {'fits':<5}{'FLOPs':>7}{'sent GiB':>10}"
         f"{'ideal':>7}{'step s':>8}{'bound by':>10}{'MFU':>7}"
@@ -135,6 +139,7 @@ def table(reports: "Sequence[Report]") -> str:
     for report in reports:
         if not report.fits:
             lines.append(f"{report.target}: {report.reason}; try {' or '.join(report.remedies) or 'a larger one'}")
+        lines += [f"{report.target}: {line}" for line in _found_lines(report)]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import jax
 
 from llava_jax.checkpoint.training import TrainingCheckpoints
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, warn
 from llava_jax.data.plan import Layout, Lengths
 from llava_jax.parallel import distributed
 from llava_jax.parallel.hardware import peak_flops
@@ -47,6 +47,9 @@ class Reporter:
         self.profile = Profile(run.workdir, config.profile.start, config.profile.steps)
         self._writer = self._screen = None
         if distributed.is_first():
+            if config.profile.steps and not set(self.profile.window) & set(range(start + 1, run.data.steps + 1)):
+                warn(f"no step is profiled: config.profile.start is {config.profile.start}, and the run has the steps "
+                     f"{start + 1} to {run.data.steps} to do")  # fmt: skip
             self._writer = MetricsWriter(run.workdir, start, start_tracking(config, run.workdir), check_lock)
             self._screen = Screen(start, run.steps)
         self._rates = optim.reported_rates(config, run.steps)

@@ -39,7 +39,7 @@ def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None)
     step = start_step(workdir, resume_from, distributed.is_first()) if resumed else 0
     source = open_step(workdir, step) if resumed else open_checkpoint(config.init)
     source = source.quantized(config.base_dtype)
-    _check_preset(config.model, source)
+    check_preset(config.model, source)
     model = adapted(with_images(source.config, config), config)
     if model.im_start_end and config.stage == "pretrain":
         raise UserError(
@@ -73,7 +73,7 @@ def with_images(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
         raise UserError(f"config.anyres: {error}") from None
 
 
-def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
+def check_preset(preset: str, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint has other sizes than the preset; the vocabulary may have grown."""
     if not preset:
         return

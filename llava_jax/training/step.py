@@ -142,9 +142,7 @@ def _loss_and_gradients(
             return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(variables, microbatch)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-        A = settings.accumulation
-        microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
-        loss, gradients = jax.lax.scan(add, zero, microbatches)[0]
+        loss, gradients = jax.lax.scan(add, zero, _microbatches(settings, batch))[0]
 
     # So far a gradient is summed over the rows of one device or, if the weight was gathered, over those along `fsdp`.
     def unsummed_axes(name: str) -> Iterable[str]:
@@ -152,6 +150,12 @@ def _loss_and_gradients(
 
     summed = {name: sharding.sum_over(unsummed_axes(name), gradient) for name, gradient in gradients.items()}
     return sharding.sum_over(sharding.BATCH_AXES, loss), summed
+
+
+def _microbatches(settings: StepSettings, batch: Batch) -> Batch:
+    """The rows of a device, [R, ...], as those that it computes at once: [A, R / A, ...]."""
+    A = settings.accumulation
+    return jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
 
 
 def on_each_device(
@@ -181,10 +185,13 @@ def train_step(
 
 
 def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses and number of target tokens of a batch."""
+    """Sum of the losses and number of target tokens of a batch, as many rows at once as in training."""
 
     def total(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss = sharding.sum_over(sharding.BATCH_AXES, batch_loss(settings, trainable, frozen, batch))
-        return loss, count_targets(batch)
+        def add(loss: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
+            return loss + batch_loss(settings, trainable, frozen, microbatch), None
+
+        loss, _ = jax.lax.scan(add, jnp.float32(0), _microbatches(settings, batch))
+        return sharding.sum_over(sharding.BATCH_AXES, loss), count_targets(batch)
 
     return on_each_device(total, settings, trainable, frozen, (P(), P()))(trainable, frozen, batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from configs import common, finetune, llava_next
 from llava_jax.cli import UserError
@@ -229,6 +230,40 @@ def test_smallest_slice(reports, monkeypatch):
     assert result.fits and (result.target, result.search) == ("h100:4", "slice")
 
 
+def test_meshes_that_some_slices_do_not_make_are_left_out(reports, monkeypatch, capsys):
+    monkeypatch.setattr(search, "report", lambda config, name, memory_fraction: reports("h100:4"))
+    config = small_config()
+    config.mesh.tensor = 2
+    assert search.smallest_slice(config, "h100").tried == {"h100:4": True}  # two would replicate the projector
+    config.mesh.tensor = 3
+    with pytest.raises(UserError, match="config.mesh"):
+        search.smallest_slice(config, "h100")
+
+    def fails(config, name, memory_fraction):
+        if config.mesh.tensor == 2:
+            raise UserError("mesh: no such")
+        return reports("v5e:2x2")
+
+    monkeypatch.setattr(search, "report", fails)
+    found = search.fastest(small_config(batch_rows=16), "v5e:2x2")
+    assert found.fits and not any("tensor=2" in tried for tried in found.tried)
+    assert "not possible: mesh: no such" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_there_is_what_is_compiled(tmp_path, capsys):
+    tiny.checkpoint(tmp_path, dataclasses.replace(SMALL, base_dtype="nf4"))
+    config = small_config(init=str(tmp_path / "model"))
+    config.lora.rank = 4
+    assert ahead.build(config, targets.parse("cpu")).settings.model.base_dtype == "nf4"
+    config.init = str(tmp_path / "later")
+    for _ in range(2):
+        assert ahead.build(config, targets.parse("cpu")).settings.model.base_dtype == ""
+    assert capsys.readouterr().err.count("compiles a checkpoint of small as published instead") == 1
+    config.init, config.model = str(tmp_path / "model"), "llava-v1.5-7b"
+    with pytest.raises(UserError, match="is not a llava-v1.5-7b"):
+        ahead.build(config, targets.parse("cpu"))
+
+
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="neither config.model .* nor config.init"):
         report(small_config(model=""), "cpu")
@@ -250,6 +285,19 @@ def test_a_table_has_a_line_a_target(reports):
     assert [line.split()[0] for line in lines[1:3]] == TARGETS and all(" yes " in line for line in lines[1:3])
     for result in results:
         assert "fits       " in result.to_text()
+    found = dataclasses.replace(results[0], search="fastest", overrides=("--config.remat=full",), tried={"a": 2.5})
+    found = dataclasses.replace(found, cost=found.epoch_cost(1.2, 665_000))
+    shown = text.table([found, results[1]])
+    assert f"{TARGETS[0]}: epoch      665,000 samples" in shown and f"{TARGETS[0]}:   2.5 s" in shown
+    assert f"{TARGETS[0]}: fastest    --config.remat=full" in shown
+
+
+def test_no_price_without_a_prediction():
+    command = [sys.executable, "-m", "llava_jax.preflight", "--config=finetune:7b", "--target=h100:8,cpu"]
+    told = subprocess.run([*command, "--price=1", "--samples=9"], capture_output=True, text=True)
+    assert (
+        told.returncode == 1 and told.stderr == "error: --price: times are predicted for TPUs and GPUs, not for cpu\n"
+    )
 
 
 FIELDS = (

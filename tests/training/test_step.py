@@ -88,6 +88,22 @@ def test_accumulated_gradients_are_those_of_the_large_batch(stage, model):
             np.testing.assert_allclose(gradient, results[0][1][name], atol=1e-6, err_msg=name)
 
 
+def test_validation_computes_as_many_rows_at_once_as_training():
+    model = tiny.config()
+    (batch,) = random_batches(model, 1, rows=8)
+    trainable, frozen = split_params(tiny.params(model), "finetune")
+    results, peaks = [], []
+    for accumulation in (1, 4):
+        settings = settings_for(model, batch, accumulation=accumulation)
+        compiled = (
+            jax.jit(training_step.eval_step, static_argnums=0).lower(settings, trainable, frozen, batch).compile()
+        )
+        results.append(compiled(trainable, frozen, batch))
+        peaks.append(compiled.memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(*(loss for loss, _ in results), rtol=1e-6)
+    assert results[0][1] == results[1][1] and peaks[1] < 0.5 * peaks[0]
+
+
 def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimizer_state_for_them():
     model = tiny.config(
         text=tiny.TextConfig(tiny.VOCAB, 64, 256, 4, 4, 4, 16), vision=tiny.VisionConfig(64, 256, 4, 4, 16, 8)
