@@ -93,8 +93,8 @@ class AnswerStream:
         stops = [self._held.find(stop) for stop in self._stop_strings if stop in self._held]
         if stops:
             self.finished = True
-            self._held = self._held[: min(stops)].rstrip()
-            return self._take(len(self._held))
+            self._held = self._held[: min(stops)]
+            return self._take(self._stripped_length(self._held))
         certain = self._held[: len(self._held) - self._partial_stop_length()]
         return self._take(self._stripped_length(certain))
 

@@ -80,7 +80,9 @@ class Engine:
         check_quantization(quantize)
         self.config = model.config
         longest = self.config.text.max_position_embeddings
-        self.context = min(context or longest, longest)
+        if context and context > longest:
+            raise UserError(f"the context cannot be {context:,} positions: the model knows {longest:,}")
+        self.context = context or longest
         self.slots, self.ready = slots, False
         most_tiles = self.config.tiling.most_tiles if self.config.tiling else 1
         in_a_chunk = (CHUNK_SIZES[-1] // self.config.image_tokens + 2 * min(slots, PIECES)) * most_tiles
@@ -214,7 +216,7 @@ class Engine:
 
     def _used(self) -> set[Adapter]:
         with self._changed:
-            running = [running.answer for running in self._batch.running]
+            running = [running.answer for running in list(self._batch.running)]  # which the engine's thread changes
             return {answer.prompt.adapter for answer in [*self._waiting, *running]}
 
     # ------------------------------------------------------------------------------------------- the engine's thread

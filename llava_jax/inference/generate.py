@@ -168,7 +168,7 @@ class Generator:
 
     def logits(self, request: Request) -> np.ndarray:
         """The scores of the next token after each position of a prompt: float32[L, V]. An image takes P positions."""
-        prompt = self.prompts.encode(request)
+        prompt = self._prompt(request, 0)
         scores = self.decoder.logits(self._assemble([prompt]), adapter=self._adapter)
         return np.asarray(scores[0, : len(prompt.tokens)])
 

@@ -33,7 +33,6 @@ from llava_jax.serve.turns import Marks, parts_of, read_messages
 
 MAX_LOGPROBS = 1_000_000  # of all answers together, alternatives included: about 200 bytes each
 TEMPERATURE = 1.0  # OpenAI's default
-TEXT_TOKENS = 16  # of a text completion; OpenAI's default, too
 Result = TypeVar("Result")
 
 
@@ -63,7 +62,7 @@ class Completions:
         if body.messages is not None:
             chat = ChatRequest(model="", messages=body.messages)
             self._refuse_oversize(chat)
-            prompt = await self._prepare_chat(chat, adapter, None)
+            prompt = await self._prepare_chat(chat, adapter, tools_of(chat, adapter.prompts.template))
             if prompt.tiles:
                 what = "messages: positions of images have no tokens: leave the images out"
                 raise ApiError(400, what, "unsupported_parameter", "messages")
@@ -125,7 +124,7 @@ class Completions:
         adapter = self._models.find(body.model)
         self._refuse_oversize(body)
         tools = tools_of(body, adapter.prompts.template)
-        constraint = await self._constraint(body, adapter.prompts, tools)
+        constraint = await self._constraint(body, adapter.prompts, tools if body.calls_tools else None)
         prompt = await self._prepare_chat(body, adapter, tools)
         longest = body.limit or max(1, self._engine.room(prompt))
         return await self._submit([(prompt, sampling) for sampling in samplings(body, longest, constraint)], "messages")
@@ -149,7 +148,7 @@ class Completions:
         pairs = []
         for text in texts:
             prompt = await prepare(self._engine, text, adapter, "prompt")
-            pairs += [(prompt, each) for each in samplings(body, body.max_tokens or TEXT_TOKENS, constraint, True)]
+            pairs += [(prompt, each) for each in samplings(body, body.limit, constraint, True)]
         return await self._submit(pairs, "prompt")
 
     async def _submit(self, pairs: Sequence[tuple[PreparedPrompt, requests.Sampling]], field: str) -> Answers:
@@ -178,7 +177,10 @@ class Completions:
             context = f"the context of {self._engine.context} tokens"
             what = f"messages: {images} images, but {context} has room for {self._max_images} at most"
             raise ApiError(400, what, "too_many_images", "messages")
-        self._refuse_long(sum(map(len, texts)), "messages")
+        calls = [call for message in body.messages for call in getattr(message, "tool_calls", None) or ()]
+        self._refuse_long(sum(map(len, texts)) + sum(len(call.function.arguments) for call in calls), "messages")
+        tools = (body.tools or ()) if body.calls_tools else ()
+        self._refuse_long(sum(len(tool.function.model_dump_json()) for tool in tools), "tools")
 
     def _refuse_more_than_held(self, n: int) -> None:
         if n > (most := self._engine.capacity):

@@ -149,7 +149,7 @@ def as_chat(body: ResponseRequest) -> schema.ChatRequest:
         fields = {"name": form.name, "schema": form.schema_, "strict": form.strict}
         form = schema.SchemaFormat(type="json_schema", json_schema=schema.JsonSchema(**fields))
     tools = [
-        {"type": "function", "function": tool.model_dump(exclude={"type", "defer_loading"})}
+        {"type": "function", "function": tool.model_dump(exclude={"type", "defer_loading"}, exclude_unset=True)}
         for tool in body.tools or ()
     ]
     choice = body.tool_choice
@@ -194,7 +194,7 @@ def reply_to(body: ResponseRequest) -> Callable[[schema.ChatRequest, Answers], R
 
 
 class ResponseReply(Reply):
-    """A `Response`, or the events of its parts: first a message, if there is text, then the calls."""
+    """A `Response`, or the events of its items, messages and calls in their order."""
 
     def __init__(self, request: ResponseRequest, chat: schema.ChatRequest, answers: Answers):
         super().__init__(answers)
@@ -214,32 +214,30 @@ class ResponseReply(Reply):
                 self._head[name] = value.model_dump(by_alias=True, exclude_none=True)
         request.input = ""  # up to 32 MB, not needed while the answer is generated
         self._parser = parser_of(chat, answers.template)
-        self._text, self._message, self._number = "", f"msg_{uuid.uuid4().hex}", 0
+        self._number = 0  # of the next event
+        self._items: list[ResponseOutputMessage | ResponseFunctionToolCall] = []  # that have ended
+        self._message, self._text = "", ""  # the id of a message that has begun, and its text
 
     async def completion(self) -> str:
-        async for _, piece in self.pieces():
-            self._text += self._parser.push(piece.text)[0]
-        self._text += self._parser.close()
-        return self._response(self._status(), self._items()).model_dump_json()
+        async for index, piece in self.pieces():
+            for _ in self.add(index, piece):
+                pass
+        for _ in self._add_end():
+            pass
+        return self._response(self._status(), self._items).model_dump_json()
 
     def begin(self) -> Iterator[bytes]:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response("in_progress", []))
 
     def add(self, index: int, piece: Piece) -> Iterator[bytes]:
-        text, calls = self._parser.push(piece.text)
-        yield from self._add_text(text)
-        if calls and self._text and len(calls) == len(self._parser.calls):
-            yield from self._end_text()
-        for call in calls:
-            yield from self._add_call(call)
+        for part in self._parser.push(piece.text):
+            yield from self._add_call(part) if isinstance(part, Call) else self._add_text(part)
 
     def end(self, index: int) -> Iterator[bytes]:
-        yield from self._add_text(self._parser.close())
-        if self._text and not self._parser.calls:
-            yield from self._end_text()
+        yield from self._add_end()
         status = self._status()
-        yield self._event(f"response.{status}", response=self._response(status, self._items()))
+        yield self._event(f"response.{status}", response=self._response(status, self._items))
 
     def finish(self) -> Iterator[bytes]:
         return iter(())  # no [DONE]
@@ -247,42 +245,53 @@ class ResponseReply(Reply):
     def failure(self, error: ApiError) -> bytes:
         return self._event("error", **{name: error.body()["error"][name] for name in ("code", "message", "param")})
 
+    def _add_end(self) -> Iterator[bytes]:
+        """The end of the last item, which is an empty message where nothing was generated."""
+        rest = self._parser.close()
+        if rest or not (self._items or self._message):
+            yield from self._add_text(rest)
+        yield from self._end_message(self._status())
+
     def _add_text(self, text: str) -> Iterator[bytes]:
-        if not text:
-            return
-        if not self._text:
-            item = self._message_item("in_progress", [])
-            yield self._event("response.output_item.added", output_index=0, item=item)
+        if not self._message:
+            text = text.lstrip() if self._items else text  # after a call
+            self._message = f"msg_{uuid.uuid4().hex}"
+            yield self._event("response.output_item.added", **self._place, item=self._message_item("in_progress", []))
             yield self._text_event("response.content_part.added", part=_output_text(""))
         self._text += text
-        yield self._text_event("response.output_text.delta", delta=text, logprobs=[])
+        if text:
+            yield self._text_event("response.output_text.delta", delta=text, logprobs=[])
 
-    def _end_text(self) -> Iterator[bytes]:
+    def _end_message(self, status: str) -> Iterator[bytes]:
+        if not self._message:
+            return
         part = _output_text(self._text)
         yield self._text_event("response.output_text.done", text=self._text, logprobs=[])
         yield self._text_event("response.content_part.done", part=part)
-        item = self._message_item(self._status(), [part])
-        yield self._event("response.output_item.done", output_index=0, item=item)
+        item = self._message_item(status, [part])
+        yield self._event("response.output_item.done", **self._place, item=item)
+        self._items.append(item)
+        self._message, self._text = "", ""
+
+    @property
+    def _place(self) -> dict[str, int]:
+        """Of the item that comes now."""
+        return {"output_index": len(self._items)}
 
     def _add_call(self, call: Call) -> Iterator[bytes]:
-        place = {"output_index": self._parser.calls.index(call) + bool(self._text)}
-        item = _call_item(call)
+        yield from self._end_message("completed")
+        place, item = self._place, _call_item(call)
         begun = item.model_copy(update={"arguments": "", "status": "in_progress"})
         yield self._event("response.output_item.added", item=begun, **place)
         place["item_id"] = item.id
         kind = "response.function_call_arguments"
         yield self._event(f"{kind}.delta", delta=call.arguments, **place)
         yield self._event(f"{kind}.done", arguments=call.arguments, name=call.name, **place)
-        yield self._event("response.output_item.done", item=item, output_index=place["output_index"])
+        yield self._event("response.output_item.done", item=item, **self._place)
+        self._items.append(item)
 
     def _status(self) -> str:
         return "incomplete" if self.answers.answers[0].finish_reason == "length" else "completed"
-
-    def _items(self) -> list[ResponseOutputMessage | ResponseFunctionToolCall]:
-        calls = list(map(_call_item, self._parser.calls))
-        if calls and not self._text:
-            return calls
-        return [self._message_item(self._status(), [_output_text(self._text)]), *calls]
 
     def _message_item(self, status: str, content: list[ResponseOutputText]) -> ResponseOutputMessage:
         return ResponseOutputMessage(id=self._message, content=content, role="assistant", status=status, type="message")
@@ -307,7 +316,7 @@ class ResponseReply(Reply):
         )
 
     def _text_event(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._message, output_index=0, content_index=0, **fields)
+        return self._event(kind, item_id=self._message, **self._place, content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         data = {"type": kind, "sequence_number": self._number, **fields}

@@ -365,6 +365,8 @@ class ChatRequest(Generation, UnusedOfChat):
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":
+        if self.calls_tools and self.ignore_eos:
+            raise PydanticCustomError("ignore_eos", "ignore_eos: an answer that may call tools ends where its calls do")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise PydanticCustomError("tool_choice", "tool_choice needs tools")
         if self.top_logprobs and not self.logprobs:
@@ -381,6 +383,9 @@ class ChatRequest(Generation, UnusedOfChat):
         return self
 
 
+TEXT_TOKENS = 16  # of a text completion; OpenAI's default
+
+
 class TextRequest(Generation, Unused(best_of=(1,), suffix=("",))):
     """Of `/v1/completions`."""
 
@@ -388,6 +393,10 @@ class TextRequest(Generation, Unused(best_of=(1,), suffix=("",))):
     max_tokens: Count | None = Field(None, description="16 by default, as OpenAI's.")
     logprobs: Integer(0, 20) | None = None
     echo: bool | None = None
+
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or TEXT_TOKENS
 
     @property
     def answers(self) -> int:

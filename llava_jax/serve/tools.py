@@ -5,9 +5,10 @@ The format of `chatml` and `qwen3` is that of Qwen2.5, Qwen3 and Hermes, `<tool_
 Llama 3.1's, an answer that is JSON.
 """
 
+import contextlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ class Tools:
     Args:
       tools: that the answer may call.
       required: whether the answer has to be calls and nothing else.
-      parallel: whether it may have several calls; without `required` it always may.
+      parallel: whether it may have several calls.
     """
 
     role = "user"  # of results
@@ -83,7 +84,7 @@ class Tools:
         """A call of an earlier answer. Raises `ApiError`."""
         try:
             arguments = json.loads(function.arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             field = f"{field}.function.arguments"
             raise ApiError(400, f"{field}: it has to be JSON", "invalid_value", field) from error
         call = f'{{"name": "{function.name}", "{self.arguments}": {marks.disarm(_json(arguments))}}}'
@@ -106,7 +107,8 @@ class Tools:
             start = [f"start: {begin} call{more}"]
         else:
             lazy = "" if begin == CALL[0] else "[lazy]"
-            start = ["start: (begun call)* rest", f"begun{lazy}: TEXT {begin}", "rest: TEXT", r"TEXT: /(.|\n)*/"]
+            some = "(begun call)* rest" if self._parallel else "begun call | rest"
+            start = [f"start: {some}", f"begun{lazy}: TEXT {begin}", "rest: TEXT", r"TEXT: /(.|\n)*/"]
         return "\n".join([*start, call, *self._functions()])
 
     def _functions(self) -> list[str]:
@@ -206,24 +208,29 @@ class CallParser:
         self._between = ""  # what stands before the next text: a line break, if a call is between it and earlier text
         self._fresh = False  # whether a call came last
 
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        """-> new text, and new calls."""
+    def push(self, text: str) -> list[str | Call]:
+        """-> new texts and calls, in their order."""
+        parts = list(filter(None, self._parts(text)))
+        self.calls += [part for part in parts if isinstance(part, Call)]
+        return parts
+
+    def _parts(self, text: str) -> Iterator[str | Call]:
         if not self.active:
-            return text, []
+            yield text
+            return
         self._held += text
-        released, new = "", []
         while CALL[0] in self._held:
             before, _, rest = self._held.partition(CALL[0])
-            inside, ended, after = rest.partition(CALL[1])
-            if not ended:
-                return released, self._found(new)
-            released += self._text(before.rstrip())
-            new.append(_parsed(inside))
-            self._held, self._fresh = after, True
+            if (found := _split_call(rest)) is None:
+                return
+            yield self._text(before.rstrip())
+            call, self._held = found
+            self._fresh = True
+            yield call
         begun = max((n for n in range(len(CALL[0])) if self._held.endswith(CALL[0][:n])), default=0)
         certain = self._held[: len(self._held) - begun].rstrip()
         self._held = self._held[len(certain) :]
-        return released + self._text(certain), self._found(new)
+        yield self._text(certain)
 
     def close(self) -> str:
         """The rest of the text, at the answer's end; a call that has no end is text."""
@@ -238,28 +245,31 @@ class CallParser:
             self._between, self._fresh = "\n", False
         return text
 
-    def _found(self, new: list[Call]) -> list[Call]:
-        self.calls += new
-        return new
-
 
 class LlamaCallParser(CallParser):
     """Of an answer that is a call as a whole, or text."""
 
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        if not self.active:
-            return text, []
+    def _parts(self, text: str) -> Iterator[str | Call]:
         self._held += text
-        if not self._held.startswith("{"):
+        if not self.active or not self._held.startswith("{"):
             released, self._held = self._held, ""
-            self.active = not released  # the rest is text, too
-            return released, []
-        try:
-            new = [_parsed(self._held)]
-        except ValueError:  # it is not complete
-            return "", []
-        self._held = ""
-        return "", self._found(new)
+            self.active = self.active and not released  # the rest is text, too
+            yield released
+            return
+        with contextlib.suppress(ValueError):  # it is not complete
+            call = _parsed(self._held)
+            self._held = ""
+            yield call
+
+
+def _split_call(text: str) -> tuple[Call, str] | None:
+    """A call at the beginning and the text after it; None before its end, whose mark may also be in an argument."""
+    end = text.find(CALL[1])
+    while end >= 0:
+        with contextlib.suppress(ValueError):
+            return _parsed(text[:end]), text[end + len(CALL[1]) :]
+        end = text.find(CALL[1], end + 1)
+    return None
 
 
 def _parsed(text: str) -> Call:

@@ -73,6 +73,16 @@ def test_a_stop_token_ends_the_text_and_is_no_part_of_it(llama_tokenizer, length
     assert "".join(pieces_of(stream, word * length + [eos] + word)) == " ".join(["word"] * length)
 
 
+@pytest.mark.parametrize("verbatim, text", [(True, "x = "), (False, "x =")])
+def test_the_text_before_a_stop_string_does_not_depend_on_where_tokens_end(tokenizer, verbatim, text):
+    whole = tokenizer.encode("x = ;", add_special_tokens=False)
+    parts = [tokenizer.encode(part, add_special_tokens=False) for part in ("x", " =", " ", ";")]
+    for ids in (whole, sum(parts, [])):
+        if tokenizer.decode(ids) == "x = ;":
+            stream = AnswerStream(tokenizer, stop_strings=[";"], verbatim=verbatim)
+            assert "".join(pieces_of(stream, ids)).removeprefix(" ") == text  # SentencePiece begins words with it
+
+
 @pytest.mark.parametrize("text", [" A ", "A", '\n{"a": 1}\n', "  two  spaces"])
 def test_verbatim_answers_keep_the_white_space_at_both_ends(tokenizer, text):
     before = tokenizer.encode(":", add_special_tokens=False)

@@ -451,6 +451,12 @@ def test_a_checkpoint_is_an_engine(tmp_path):
     engine.close()
 
 
+def test_a_context_that_the_model_does_not_know_is_refused(tmp_path):
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path))
+    with pytest.raises(UserError, match="the context cannot be 1,000,000 positions: the model knows"):
+        Engine.from_checkpoint(checkpoint, slots=1, context=1_000_000)
+
+
 def test_tiles_of_anyres_are_cached_and_answers_are_those_of_the_generator():
     """Prompts in chunks that begin and end anywhere in an image, with the same images again."""
     config = dataclasses.replace(CONFIG, image_aspect="anyres", anyres=AnyRes())

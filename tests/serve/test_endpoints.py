@@ -77,7 +77,7 @@ def test_pydantic_models_are_parsed(client):
     [
         ({"extra_body": {"structured_outputs": {"choice": ["yes", "no, thanks"]}}}, "yes|no, thanks"),
         ({"extra_body": {"guided_choice": [" A ", " B "]}}, " A | B "),
-        ({"extra_body": {"guided_regex": r"[a-c]{3}x\d"}}, r"[a-c]{3}x\d"),
+        ({"extra_body": {"guided_regex": r"[a-c]{3}x[0-9]"}}, r"[a-c]{3}x[0-9]"),  # Python knows fewer digits
         ({"extra_body": {"structured_outputs": {"regex": "(</s>|<image>|###)[ab]"}}}, "(</s>|<image>|###)[ab]"),
         ({"extra_body": {"guided_grammar": 'start: "(" X{2} ")"\nX: /[0-9]/'}}, r"\([0-9]{2}\)"),
         ({"extra_body": {"guided_json": {"const": 5}}}, "5"),
@@ -345,6 +345,61 @@ def test_a_tool_is_called(client, known):
         model="tiny", input="Hello", temperature=0, tools=[tool], tool_choice="required", parallel_tool_calls=False
     ) as stream:
         assert stream.get_final_response().output[0].arguments == item.arguments
+
+
+def test_an_answer_after_calls_has_the_format_that_is_asked_for(client, http, known):
+    """The last turn of an agent: the conversation has calls, and the answer may have none."""
+    call = {"id": "a", "type": "function", "function": {"name": "stop", "arguments": "{}"}}
+    past = [*HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok", "tool_call_id": "a"}]
+    choice = {"extra_body": {"guided_choice": ["yes", "no"]}}
+    assert text_of(create(client, past, **choice)) in ("yes", "no")
+    assert text_of(create(client, past, tools=TOOLS, tool_choice="none", **choice)) in ("yes", "no")
+    counted = http.post("/tokenize", json={"messages": past}).json()["count"]
+    assert counted == create(client, past, max_completion_tokens=1).usage.prompt_tokens
+
+
+def test_calls_and_texts_of_a_response_are_items_in_their_order(client, known, monkeypatch):
+    """Each has an index, is added before it changes, and ends before the next."""
+    call = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+    said = f"First.\n{call}\nThen.\n{call}"
+    monkeypatch.setattr(tools.Tools, "grammar", lambda self, tokenizer: f"start: {json.dumps(said)}")
+    asked = {"model": "tiny", "input": "Hello", "tools": [{"type": "function", "name": "stop"}]}
+    kinds = ["message", "function_call", "message", "function_call"]
+    response = client.responses.create(**asked, max_output_tokens=900)
+    assert [item.type for item in response.output] == kinds
+    assert [item.content[0].text for item in response.output[::2]] == ["First.", "Then."]
+    begun, ended = [], []
+    with client.responses.stream(**asked, max_output_tokens=900) as stream:
+        for event in stream:
+            if event.type == "response.output_item.added":
+                assert begun == ended
+                begun.append((event.output_index, event.item.type, event.item.id))
+            elif event.type == "response.output_item.done":
+                ended.append((event.output_index, event.item.type, event.item.id))
+            elif hasattr(event, "item_id"):
+                assert (event.output_index, event.item_id) == (begun[-1][0], begun[-1][2]) and begun != ended
+        final = stream.get_final_response()
+    assert begun == ended and [(index, kind) for index, kind, _ in ended] == list(enumerate(kinds))
+    assert [item.id for item in final.output] == [ident for *_, ident in ended]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "a", "description": "x" * 3_000_000}}]}, "tools"),
+        ({"ignore_eos": True}, None),
+        ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "stop", "arguments": "[" * 20_000}}]}, *HELLO]},
+         "messages.1.tool_calls.0.function.arguments"),
+        ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "stop", "arguments": f'"{"x" * 3_000_000}"'}}]},
+            *HELLO]}, "messages"),
+    ],
+)  # fmt: skip
+def test_requests_with_tools_that_are_refused(http, known, changes, param):
+    body = {"model": "tiny", "messages": HELLO, "tools": TOOLS} | changes
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
 
 
 def test_tools_and_formats_exclude_each_other(client, known):

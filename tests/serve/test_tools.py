@@ -1,6 +1,7 @@
 """Tools in prompts, in the grammar of answers, and in answers."""
 
 import json
+from itertools import groupby
 
 import pytest
 from tokenizers import AddedToken
@@ -212,6 +213,8 @@ def test_answers_are_text_and_calls_or_calls_alone(smollm2_dir, added):
         assert accepts(constraints, text) == auto, text
         assert accepts(constraints, text, tool_choice="required") == required, text
         assert accepts(constraints, text, tool_choice="required", parallel_tool_calls=False) == one, text
+        alone = auto and not text.endswith(("And then.", f"\n{STOP}")) or text == ROME
+        assert accepts(constraints, text, parallel_tool_calls=False) == alone, text
     named = {"tool_choice": {"type": "function", "function": {"name": "stop"}}}
     assert accepts(constraints, STOP, **named) and not accepts(constraints, ROME, **named)
 
@@ -231,7 +234,7 @@ def test_answers_of_llama_are_text_or_a_call(smollm2_tokenizer):
     for answer, released, names in [(rome, "", ["weather"]), ("It is {", "It is {", []), (rome[:8], rome[:8], [])]:
         parser, text = LlamaCallParser(True), ""
         for character in answer:
-            text += parser.push(character)[0]
+            text += "".join(part for part in parser.push(character) if isinstance(part, str))
         assert text + parser.close() == released
         assert [(call.name, json.loads(call.arguments)) for call in parser.calls] == [
             (name, {"city": "Rome"}) for name in names
@@ -255,13 +258,12 @@ def test_answers_of_llama_are_text_or_a_call(smollm2_tokenizer):
     ],
 )
 def test_calls_are_found_wherever_pieces_end(answer, text, names, size):
-    parser, released, calls = CallParser(True), "", []
+    parser, parts = CallParser(True), []
     for start in range(0, len(answer), size):
-        more, new = parser.push(answer[start : start + size])
-        assert "<tool_call>" not in more
-        released, calls = released + more, calls + new
-    released += parser.close()
-    assert released == text
+        parts += parser.push(answer[start : start + size])
+    parts.append(parser.close())
+    calls = [part for part in parts if not isinstance(part, str)]
+    assert "".join(part for part in parts if isinstance(part, str)) == text
     assert [call.name for call in calls] == names == [call.name for call in parser.calls]
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
     assert len({call.id for call in calls}) == len(calls)
@@ -269,4 +271,17 @@ def test_calls_are_found_wherever_pieces_end(answer, text, names, size):
 
 def test_without_tools_all_is_text():
     parser = CallParser(False)
-    assert parser.push(f"{ROME} ") == (f"{ROME} ", []) and parser.close() == ""
+    assert parser.push(f"{ROME} ") == [f"{ROME} "] and parser.close() == ""
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_mark_of_the_end_may_be_in_an_argument(size):
+    call = '<tool_call>\n{"name": "say", "arguments": {"text": "</tool_call> \\"</tool_call>"}}\n</tool_call>'
+    parser, parts = CallParser(True), []
+    answer = f"A {call} B {call} C"
+    for start in range(0, len(answer), size):
+        parts += parser.push(answer[start : start + size])
+    parts.append(parser.close())
+    said = ["".join(texts) if kind else [*texts] for kind, texts in groupby(parts, lambda part: isinstance(part, str))]
+    assert [said[0], said[2].strip(), said[4].strip()] == ["A", "B", "C"]
+    assert [json.loads(calls[0].arguments) for calls in said[1::2]] == [{"text": '</tool_call> "</tool_call>'}] * 2
