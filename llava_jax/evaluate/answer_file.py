@@ -23,23 +23,43 @@ SECONDS = 30.0  # between writes of a part to an object store, which cannot appe
 Lines = dict[Key, dict[str, Any]]
 
 
-def answer_line(question: Question, text: str | None, model_id: str, no_answer: str = "") -> dict[str, Any]:
-    """An answer in the original's format. Its id is a hash of it. `no_answer` is the reason why there is none."""
+def answer_line(
+    question: Question, text: str | None, model_id: str, no_answer: str = "", settings: str = ""
+) -> dict[str, Any]:
+    """An answer in the original's format. Its id is a hash of it.
+
+    Args:
+      no_answer: the reason why there is none.
+      settings: identifies the model and how it was asked.
+    """
     answer_id = hashlib.sha256(json.dumps([model_id, *question.key, text]).encode()).hexdigest()[:22]
     line = {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": answer_id}
-    metadata = {"no_answer": no_answer} if no_answer else {}
+    known = {"no_answer": no_answer, "settings": settings}
+    metadata = {name: value for name, value in known.items() if value}
     return line | {"model_id": model_id, "metadata": metadata} | question.extra
 
 
 class AnswerFile:
     """The answers of a model to `questions`, as far as they exist.
 
+    Args:
+      settings: of the model and of sampling, on which the answers depend: those of others are refused.
+
     Attributes:
       lines: by the key of the question.
     """
 
-    def __init__(self, output: epath.PathLike, questions: Sequence[Question], model_id: str, process: int = 0):
+    def __init__(
+        self,
+        output: epath.PathLike,
+        questions: Sequence[Question],
+        model_id: str,
+        process: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ):
         self.output, self.model_id = epath.Path(output), model_id
+        text = json.dumps(settings, sort_keys=True)
+        self._settings = hashlib.sha256(text.encode()).hexdigest()[:16] if settings else ""
         self._part = epath.Path(f"{output}.part{process}")
         self._keys = [question.key for question in questions]
         self.lines: Lines = {}
@@ -57,7 +77,7 @@ class AnswerFile:
     def add(self, answers: Sequence[tuple[Question, str | None]], no_answer: Mapping[Key, str] | None = None) -> None:
         """Writes answers, on an object store only every `SECONDS`. `no_answer` has the reasons why some are none."""
         why = no_answer or {}
-        new = {q.key: answer_line(q, text, self.model_id, why.get(q.key, "")) for q, text in answers}
+        new = {q.key: answer_line(q, text, self.model_id, why.get(q.key, ""), self._settings) for q, text in answers}
         self.lines |= new
         self._own |= new
         if not is_remote(self._part):
@@ -89,7 +109,8 @@ class AnswerFile:
         return sorted(self.output.parent.glob(f"{self.output.name}.part[0-9]*")) if self.output.parent.exists() else []
 
     def _read(self, file: epath.Path) -> Lines:
-        """The answers in a file. Raises `UserError` for answers to other questions or by another model.
+        """The answers in a file. Raises `UserError` for answers to other questions, or by a model that is another one
+        or was asked otherwise.
 
         A last line that is cut off is skipped, and removed from this process's own part, to which more is appended.
         """
@@ -105,6 +126,13 @@ class AnswerFile:
                 )
             if (other := line.value.get("model_id")) != self.model_id:
                 raise UserError(f"{line.where}: is by {other}, not by {self.model_id}: choose another output")
+            metadata = line.value.get("metadata")
+            told = metadata.get("settings") if isinstance(metadata, dict) else None
+            if told and self._settings and told != self._settings:
+                raise UserError(
+                    f"{line.where}: is by another checkpoint or step than {self.model_id} is now, or was asked with "
+                    "another template, sampling or prompt: choose another output"
+                )
             lines[key] = line.value
         if file == self._part and not file.read_bytes().endswith(b"\n"):
             _write(file, lines.values())

@@ -24,7 +24,8 @@ Read = TypeVar("Read")
 IDS = ("question_id", "questionId", "id", "pid", "index", "image")
 # `answer` is last, since beside another field it is the label.
 TEXTS = ("text", "prediction", "response", "predict", "model_prediction", "answer")
-LOG = ("filtered_resps", "resps")  # fields of lmms-eval's logs of samples
+# Fields of lmms-eval's logs of samples: what the model said, and what a filter of the task left of it.
+LOG = ("resps", "filtered_resps")
 EMPTY, CUT_OFF = "empty", "cut_off"  # reasons why there is no answer, which are counted beside a score
 API_FAILED = "Failed to obtain answer via API"  # VLMEvalKit's text in place of an answer
 

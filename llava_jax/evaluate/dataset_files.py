@@ -173,6 +173,8 @@ def options(row: Mapping[str, Any]) -> list[str]:
     if found is not None:
         return listing(found)
     letters = [letter for letter in LETTERS if row.get(letter) is not None]
+    if gap := next((letter for letter, own in zip(LETTERS, letters, strict=False) if letter != own), None):
+        raise UserError(f"question {first(row, *IDS)}: has the option {letters[-1]} and none for {gap}: fill that in")
     return [str(row[letter]) for letter in letters]
 
 

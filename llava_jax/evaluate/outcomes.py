@@ -134,7 +134,9 @@ def _each(
         scores = benchmark.score([(answer, label)])
         value = next(scores[name] for name in MEANS if name in scores)
         share, of = (0.0, 0.0) if value is None else (value / 100, 1.0)
-        yield Group(_name(line_at[answer.where]), [(answer, label)], _categories(scores), share, of)
+        cluster = getattr(label, "image", "")
+        name = _name(line_at[answer.where])
+        yield Group(name, [(answer, label)], _categories(scores), share, of, cluster=cluster)
 
 
 def _together(texts: Iterator[Any]) -> str:
@@ -143,7 +145,7 @@ def _together(texts: Iterator[Any]) -> str:
 
 def _name(line: dict[str, Any]) -> str:
     """The id of a question, with its category since ids may repeat in other categories."""
-    ident = next(str(line[name]) for name in IDS if name in line)
+    ident = next(str(line[name]) for name in (*IDS, "doc_id") if name in line)
     return " ".join([ident, *([str(line["category"])] if "category" in line else [])])
 
 

@@ -51,11 +51,22 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.max_tokens)
     asking = Asking(folder_of(args), sampling, args.batch_rows, args.picture_last, args.answer_prompter)
     with distributed.joined(args.coordinator, args.num_processes, args.process_id, START_SECONDS):
-        file = AnswerFile(args.output, questions, args.model_id, jax.process_index())
+        checkpoint, template = open_model(args)
+        settings = {
+            "checkpoint": [checkpoint.description.id, checkpoint.step],
+            "template": template.name,
+            "sampling": [args.temperature, args.top_p, args.seed if args.temperature else 0, args.max_tokens],
+            "prompts": [args.picture_last, args.answer_prompter],
+        }
+        file = AnswerFile(args.output, questions, args.model_id, jax.process_index(), settings)
         answered = {tuple(key) for keys in distributed.gather_json("answered", list(file.lines)) for key in keys}
         waiting = [question for question in questions if question.key not in answered]
         if waiting:
-            _answer(args, asking, file, batches(waiting, asking.batch_rows), len(answered))
+            if answered:
+                say(f"{args.output}: resumes after {len(answered)} answers", file=sys.stderr)
+            if asking.image_last:
+                checkpoint = checkpoint.with_model(image_position="as_is")
+            _answer(replicas(checkpoint, template, args.devices_each), asking, file, batches(waiting, args.batch_rows))
         shares = distributed.gather_json("answers", list(file.lines.values()))
         lines = {key_of(line): line for share in shares for line in share}
         if distributed.is_first():
@@ -65,16 +76,11 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
 
 
 def _answer(
-    args: argparse.Namespace, asking: Asking, file: AnswerFile, work: Sequence[Sequence[Question]], answered: int
+    generators: Sequence[Generator], asking: Asking, file: AnswerFile, work: Sequence[Sequence[Question]]
 ) -> None:
     """Answers this process's share of the batches, of about the same lengths as the shares of others."""
     share = work[jax.process_index() :: jax.process_count()]
-    if answered:
-        say(f"{args.output}: resumes after {answered} answers", file=sys.stderr)
-    checkpoint, template = open_model(args)
-    if asking.image_last:
-        checkpoint = checkpoint.with_model(image_position="as_is")
-    answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)
+    answering = Answering(generators, asking, share)
 
     def one_by_one() -> Iterator[Question]:
         for answers in answering:

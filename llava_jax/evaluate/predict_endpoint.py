@@ -19,14 +19,17 @@ from llava_jax.llm_api.options import ledger_directory, work
 
 AT_A_TIME = 512  # questions whose images are in memory
 GREEDY = {"top_p": 1.0, "seed": 0}  # the defaults of sampling
+LIMITS = ("max_tokens", "max_completion_tokens")
 MAX_WARNINGS = 10  # about single questions
 
 
 def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     """Raises `UserError` if the server failed temporarily at some questions, which stay without an answer."""
-    file = AnswerFile(args.output, questions, args.model_id)
-    waiting = [question for question in questions if not file.answers(question)]
     asked = _work(args)
+    # With more tokens, those that were cut off are asked again.
+    body = {name: value for name, value in asked.settings.body.items() if name not in LIMITS}
+    file = AnswerFile(args.output, questions, args.model_id, settings={"model": args.model, "body": body})
+    waiting = [question for question in questions if not file.answers(question)]
     if args.dry_run:
         say(f"{args.model}: {forecast(asked, [_task(question, args) for question in waiting])}")
         return

@@ -74,6 +74,7 @@ class RuledBenchmark(Benchmark):
       prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
       shares_images: whether several questions share an image that only its content identifies.
       unscored: kinds of items that are neither asked nor scored, if there are others.
+      sets: the kinds of items that have ids of their own, where the `category` of an answer tells its set.
       prediction: the field of a submission that has the answer.
     """
 
@@ -83,6 +84,7 @@ class RuledBenchmark(Benchmark):
     several_files = True
     shares_images = False
     unscored: Sequence[str] = ()
+    sets: Sequence[str] = ()
     prediction = "prediction"
 
     def __init_subclass__(cls) -> None:
@@ -146,7 +148,7 @@ class RuledBenchmark(Benchmark):
         kinds = self._scored(entries)
         rows = [Row(item.id, (item._replace(number=0, where=""),), _right(item), item.number, item.kind, item.where)
                 for item in entries]  # fmt: skip
-        found = labels_of(rows, self.answer_id, self.target)
+        found = labels_of(rows, self.answer_id, self.target, self.sets)
         replies = {found.key(line): str(reply) for line in lines
                    if (reply := files.first(line.value, *REPLIES)) is not None}  # fmt: skip
         scored = {key: item._replace(reply=replies.get(key)) for key, item in found.items() if item.kind in kinds}

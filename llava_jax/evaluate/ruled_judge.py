@@ -43,14 +43,16 @@ local model serves as well as any other: python -m llava_jax.serve."""
         question: Callable[[Item], str],
         needs: Callable[[str, Item], Any] = lambda text, item: True,
         images: bool = False,
+        seen: Callable[[Item], Item] = lambda item: item,
     ):
         """
         Args:
           prompt: with `{question}`, `{options}`, `{reference}` and `{answer}`.
           needs: (answer, item) -> whether the judge is asked.
           images: whether the judge sees the image.
+          seen: the item as the judge sees it, such as with the options that its question ends with.
         """
-        self.prompt, self.question, self.needs, self.images = prompt, question, needs, images
+        self.prompt, self.question, self.needs, self.images, self.seen = prompt, question, needs, images, seen
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.owner = owner
@@ -69,9 +71,12 @@ local model serves as well as any other: python -m llava_jax.serve."""
         shown = dict(self._shown(benchmark, args.labels)) if self.images else {}
         cases = []
         for answer, item in joined.pairs:
-            asked = answer.text is not None and item.reply is None and self.needs(answer.text, item)
-            messages = partial(self._messages, answer.text, item, shown.get(item.id, ())) if asked else None
-            cases.append(Case(item.id, messages, Asked(answer, item, line_at[answer.where])))
+            asked = answer.text is not None and item.reply is None
+            messages = None
+            if asked and self.needs(answer.text, seen := self.seen(item)):
+                messages = partial(self._messages, answer.text, seen, shown.get(item.id, ()))
+            name = f"{item.kind} {item.id}".strip()  # sets may have the same ids
+            cases.append(Case(name, messages, Asked(answer, item, line_at[answer.where])))
         return [cases], self.prompt
 
     def _shown(self, benchmark: "RuledBenchmark", labels: Sequence[str]) -> Iterator[tuple[str, Sequence[Image]]]:
@@ -105,10 +110,10 @@ CHOOSES = (
 )
 
 
-def matcher() -> RuledJudge:
-    """A judge of the option that an answer chooses, where VLMEvalKit's matcher finds none."""
+def matcher(seen: Callable[[Item], Item] = lambda item: item) -> RuledJudge:
+    """A judge of the option that an answer chooses, where VLMEvalKit's matcher finds none among those of `seen`."""
 
     def needs(text: str, item: Item) -> bool:
         return bool(item.options) and not vlmevalkit(text, item.by_letter)[0]
 
-    return RuledJudge(CHOOSES, lambda item: item.question, needs)
+    return RuledJudge(CHOOSES, lambda item: item.question, needs, seen=seen)

@@ -225,6 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         say("\n".join(f"{one.entry.benchmark}: {', '.join(one.questions)}" for one in there))
         return
+    for one in there if args.prompt else ():
+        find(one.entry.benchmark, "what").asked_as(args.prompt)  # before the first is asked
     output, rows = Path(args.output), []
     output.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
@@ -278,5 +280,7 @@ Folders in --data and their files:
     args, of_predict = parser.parse_known_args(argv)
     args.partial = any(option.partition("=")[0] == "--limit" for option in of_predict)
     given = dict(zip(of_predict, of_predict[1:], strict=False))
+    given |= dict(option.split("=", 1) for option in of_predict if option.startswith("--") and "=" in option)
+    args.prompt = given.get("--prompt")
     args.name = args.name or given.get("--model") or PurePath(given.get("--checkpoint", "model").rstrip("/")).name
     return args, of_predict

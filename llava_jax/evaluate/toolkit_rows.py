@@ -51,9 +51,13 @@ def labels_of(
     rows: Sequence[Row],
     answer_id: Callable[[Line], str] = question_id,
     target: Callable[[Line], str] = target_of,
+    sets: Collection[str] = (),
 ) -> Labels:
     """The labels by id, those of rows with the same id also by kind, which is the `category` of an answer. A line of
-    lmms-eval's log that tells neither belongs to the row with its number, of which `target` is a right answer."""
+    lmms-eval's log that tells neither belongs to the row with its number, of which `target` is a right answer.
+
+    `sets` are all kinds that rows of a benchmark may have: answers of another one than the labels' are refused.
+    """
     kinds: dict[str, set[str]] = {}
     for row in rows:
         kinds.setdefault(row.id, set()).add(row.kind)
@@ -70,6 +74,11 @@ def labels_of(
             return name(*_numbered(line, by_number, target(line)))
         ident, kind = answer_id(line), str(line.value.get("category", ""))
         known = kinds.get(ident, set())
+        if kind in sets and known and kind not in known:
+            own = " or ".join(sorted(filter(None, known))) or "all sets together"
+            raise UserError(
+                f"{line.where}: question {ident} is of {kind}, and the labels of {own}: give those of that set"
+            )
         if len(known) < 2 or kind in known:
             return name(ident, kind)
         if in_log and by_number:

@@ -18,6 +18,7 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate import parquet as stored
 from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.outcomes import _name
 from llava_jax.evaluate.parquet import StoredImage, content, parquet_rows
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.score import score
@@ -226,6 +227,23 @@ def test_logs_of_lmms_eval(tmp_path: Path):
     assert score("wilder", log, [wilder], [])[0]["score"] == 80.0
 
 
+def test_official_rules_read_what_was_said_in_a_log(tmp_path: Path):
+    """Not what lmms-eval's filter left of it; and logs without ids have outcomes, too."""
+    rows = write(tmp_path / "l.json", [{"question": "?", "options": ["x", "y"], "answer": "0"}])
+    log = write(tmp_path / "a.jsonl", jsonl([LOGS[0] | {"resps": [["A. x"]], "filtered_resps": ["A"]}]))
+    assert score("ai2d", log, [rows], [])[0]["score"] == 0.0
+    assert score("ai2d", log, [rows], [], rule="lmms-eval")[0]["score"] == 100.0
+    assert _name({"doc_id": 7, "text": "A"}) == "7"
+
+
+def test_answers_of_another_set_are_refused(tmp_path: Path):
+    """Whose ids are the same."""
+    human = write(tmp_path / "test_human.json", [{"imgname": "1.png", "query": "?", "label": "A"}])
+    given = write(tmp_path / "a.jsonl", jsonl([{"question_id": 0, "text": "A", "category": "augmented"}]))
+    with pytest.raises(UserError, match="question 0 is of augmented, and the labels of human: give those of that set"):
+        score("chartqa", given, [human], [])
+
+
 def test_a_log_of_one_of_several_sets(tmp_path: Path):
     """MMMU-Pro's sets have the same ids."""
     row = {"id": "test_Art_1", "options": "['x', 'y']", "answer": "B"}
@@ -305,8 +323,11 @@ def test_errors_name_the_row(tmp_path: Path):
             asked(name, table)
     with pytest.raises(UserError, match="is no Parquet file"):
         asked("ocrbench", write(tmp_path / "d.parquet", "x"))
-    with pytest.raises(UserError, match="question 0: has no options: --as vlmevalkit needs VLMEvalKit's own table"):
+    with pytest.raises(UserError, match="question 0: has no options: give VLMEvalKit's own table as --labels"):
         rows = write(tmp_path / "e.json", [{"question": "?", "answer": "12"}])
         score("realworldqa", write(tmp_path / "f.json", {"0": "12"}), [rows], [], rule="vlmevalkit")
+    gap = tsv(tmp_path / "g.tsv", [{"index": 0, "question": "?", "A": "x", "B": "y", "C": "", "D": "z", "answer": "D"}])
+    with pytest.raises(UserError, match="question 0: has the option D and none for C: fill that in"):
+        asked("ai2d", gap)
     with pytest.raises(UserError, match="--prompt other: POPE has one prompt only"):
         BENCHMARKS["pope"].asked_as("other")

@@ -57,7 +57,7 @@ def answers(made) -> list[dict[str, Any]]:
 
 def test_answers_are_those_of_one_by_one_in_the_order_of_the_questions(made, generator, answers):
     assert [line["question_id"] for line in answers] == list(range(7))
-    assert answers[6] | {"text": "", "answer_id": ""} == {
+    assert answers[6] | {"text": "", "answer_id": "", "metadata": {}} == {
         "question_id": 6, "prompt": "Say red.", "text": "", "answer_id": "", "model_id": "model", "metadata": {},
         "category": "text",
     }  # fmt: skip
@@ -78,6 +78,22 @@ def test_it_goes_on_after_a_cut_line(made, answers, tmp_path, capsys):
     assert "resumes after 3 answers" in capsys.readouterr().err and not list(tmp_path.glob("*.part*"))
     assert predict(made, output) == answers
     assert "second" not in capsys.readouterr().err  # nothing was left to ask
+
+
+def test_answers_of_another_step_or_with_other_options_are_not_taken_for_these(made, answers, tmp_path):
+    output = tmp_path / "a.jsonl"
+    whole = (made / "all.jsonl").read_bytes()
+    for more in ("--temperature=0.5", "--top-p=0.5", "--max-new-tokens=7", "--picture-last", "--template=plain"):
+        output.write_bytes(whole)
+        with pytest.raises(UserError, match="a.jsonl: line 1: is by another checkpoint or step than model is now, or"):
+            predict(made, output, more)
+        assert output.read_bytes() == whole
+    again = tiny.checkpoint(tmp_path, params=tiny.params(tiny.config(), seed=5))  # of the same name
+    with pytest.raises(UserError, match="is by another checkpoint or step"):
+        predict(made, output, f"--checkpoint={again}")
+    older = [line | {"metadata": {}} for line in answers]  # which do not say it
+    output.write_text("".join(f"{json.dumps(line)}\n" for line in older))
+    assert predict(made, output) == older
 
 
 def test_two_hosts_answer_what_one_does(made, answers, tmp_path):

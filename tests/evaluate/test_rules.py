@@ -159,6 +159,12 @@ def test_ocrbench_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert [one["score"] for one in found] == [2.0, 3.0, 2.0]
     assert found[0]["by"]["Text Recognition"] == 1.0
     assert run(tmp_path, capsys, "ocrbench", rows, given | {2: "a+b"})["score"] == 1.0
+    table = [{name: value for name, value in row.items() if name != "dataset_name"} for row in rows]  # VLMEvalKit's
+    assert [run(tmp_path, capsys, "ocrbench", table, given, "--as", one)["score"] for one in TOOLKITS] == [
+        2.0,
+        3.0,
+        2.0,
+    ]
 
 
 MATH = [
@@ -178,6 +184,9 @@ def test_mathvista_with_and_without_a_judge(tmp_path: Path, capsys: pytest.Captu
     judged |= {"0": {"text": "?", "content": "eigth"}, "4": {"text": "?", "content": "[1, 2]"}}
     found = [run(tmp_path, capsys, "mathvista", MATH, judged, "--as", toolkit)["score"] for toolkit in TOOLKITS]
     assert found == [100.0, 80.0, 20.0]  # the option that is most similar, which VLMEvalKit does not look for
+    short = [MATH[0] | {"choices": ["No", "Certainly"], "answer": "No"}]
+    none = run(tmp_path, capsys, "mathvista", short, {"0": {"text": "I cannot tell.", "content": "Z."}})
+    assert (none["score"], none["unparsed"]) == (0.0, 1)
     extracted = {ident: {"text": "?", "res": right} for ident, right in given.items()}  # as VLMEvalKit writes it
     assert run(tmp_path, capsys, "mathvista", MATH, extracted, "--as", "vlmevalkit")["score"] == 40.0
 
@@ -210,6 +219,10 @@ def test_hallusionbench(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert official["unparsed"] == 1
     judged = {ident: {"text": text, "content": "Incorrect."} for ident, text in given.items()}
     assert run(tmp_path, capsys, "hallusionbench", rows, judged)["score"] == 0.0
+    said = {"VD_chart_0_0_0": "Incorrect. The reference says yes.", "VD_chart_0_0_1": "Correct: both say no.",
+            "VD_chart_0_1_0": "Correct: yes and no.", "VS_chart_0_0_0": "2"}  # fmt: skip
+    judged = {ident: {"text": given[ident], "content": text} for ident, text in said.items()}
+    assert run(tmp_path, capsys, "hallusionbench", rows, judged)["by"]["aAcc"] == 75.0
     read = {ident: {"text": "It may be.", "extracted": "Yes"} for ident in given}  # by VLMEvalKit's judge
     scores = [
         run(tmp_path, capsys, "hallusionbench", rows, read, "--as", toolkit)["by"]["aAcc"] for toolkit in TOOLKITS

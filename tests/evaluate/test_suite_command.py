@@ -11,6 +11,7 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import suite
 from tests.evaluate.test_dataset_files import RED, ai2d, parquet
 from tests.evaluate.test_rules import MATH
 from tests.evaluate.test_suite import answer, jsonl, write
@@ -108,6 +109,44 @@ def test_a_judge_extracts_what_is_not_read(tmp_path: Path, capsys: pytest.Captur
                        "--as", rule])  # fmt: skip
         scores = json.loads(capsys.readouterr().out)
         assert (scores["score"], scores["failed"], scores["judge"]) == (66.67, 1, "m")
+
+
+def test_a_judge_sees_the_options_that_a_question_ends_with(tmp_path: Path):
+    """As in the Hub's files; and an open question's, as VLMEvalKit has them."""
+    files = {
+        "mmstar": {"question": "Which?\nOptions: A: red, B: blue", "answer": "B", "l2_category": "x"},
+        "realworldqa": {"question": "Which?\nA. red\nB. blue\nPlease answer.", "answer": "B"},
+        "mmmu": {"id": "validation_Art_1", "question": "Which?", "question_type": "open", "answer": "blue"},
+    }
+    for name, row in files.items():
+        seen = []
+        labels = write(tmp_path / f"{name}.json", [row])
+        line = answer(row.get("id", "0"), "It looks like the sky.")
+        (tmp_path / name).mkdir()
+        judged, asked = judge(tmp_path / name, name, [line], labels, lambda body, seen=seen: seen.append(body) or "B")
+        assert asked == 1 and judged[0]["content"] == "B"
+        shown = "A. blue\nB. Other" if name == "mmmu" else "B. blue"
+        assert shown in seen[0]["messages"][0]["content"]
+
+
+def test_a_judge_sees_the_questions_of_each_set(tmp_path: Path):
+    """MMMU-Pro's have the same ids."""
+    row = {"id": "test_Art_1", "options": "['x', 'y']", "answer": "B"}
+    labels = write(tmp_path / "sets.json", [row | {"question": "?"}, row])
+    lines = [answer("test_Art_1", text) | {"category": kind} for kind, text in (("standard", "Hm"), ("vision", "Oh"))]
+    judged, asked = judge(tmp_path, "mmmu-pro", lines, labels, lambda body: "B")
+    assert asked == 2 and [line["content"] for line in judged] == ["B", "B"]
+
+
+def test_options_of_predict_are_known_before_the_first_benchmark(tmp_path: Path):
+    write(tmp_path / "data/ai2d/test.json", [])
+    parquet(tmp_path / "data/ai2d/test-00000-of-00001.parquet", [ai2d(RED, "0")])
+    with pytest.raises(UserError, match="--prompt other: AI2D"):
+        evaluate.main(["suite", "2026", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}", "--prompt=other",
+                       "--checkpoint=runs/a"])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    assert suite._parse(["2026", "--data=d", "--output=o", "--checkpoint=runs/mine/"])[0].name == "mine"
+    assert suite._parse(["2026", "--data=d", "--output=o", "--model", "m"])[0].name == "m"
 
 
 def test_the_judge_of_wilder_sees_the_image(tmp_path: Path):

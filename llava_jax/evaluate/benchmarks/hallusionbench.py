@@ -27,9 +27,13 @@ def verdict(reply: str) -> str:
     return next((word for word in ("incorrect", "correct") if word in lower), "unclear")
 
 
+def _is_verdict(reply: str) -> bool:
+    return reply.strip() in VERDICTS or any(word in reply.lower() for word in ("correct", "unclear"))
+
+
 def judged(text: str, item: Item) -> Reading:
     """A judge's verdict; without one, that of the words yes and no. Unclear is wrong, unless there is no image."""
-    word = yes_or_no(item.reply or "")  # which VLMEvalKit's judges write
+    word = None if _is_verdict(item.reply or "") else yes_or_no(item.reply or "")  # which VLMEvalKit's judges write
     if item.reply is not None and word is None:
         said, why = verdict(item.reply), "judge"
     else:

@@ -57,13 +57,13 @@ def lmms_eval(text: str, item: Item) -> Reading:
     return mmmu_open(text, [str(item.more.get("answer"))])
 
 
-def vlmevalkit(text: str, item: Item) -> Reading:
-    """An open question has two options: the right answer, and "Other Answers"."""
+def with_options(item: Item) -> Item:
+    """An open question has two options for VLMEvalKit: the right answer, and "Other Answers"."""
     if item.options:
-        return matched(text, item)
+        return item
     right = str(item.more.get("answer"))
     letter = right if right in LETTERS and right else "A"
-    return matched(text, item._replace(options=(right, "Other Answers"), answers=(letter,)))
+    return item._replace(options=(right, "Other Answers"), answers=(letter,))
 
 
 class _Exam(RuledBenchmark):
@@ -108,7 +108,7 @@ class Mmmu(_Exam):
     name, what = "mmmu", "MMMU: right answers to questions of 30 subjects"
     label_files = "the Hub's Parquet (one file for each subject or all), VLMEvalKit's TSV"
     unscored = ("dev",)
-    judge = matcher()
+    judge = matcher(with_options)
     prompts = {OFFICIAL: _official_prompt, LMMS: _mmmu_prompt, **CHOICE}
     rules = {
         OFFICIAL: Rule("(X), else X as a word, else an option's text; open answers by contained texts and equal "
@@ -116,7 +116,8 @@ class Mmmu(_Exam):
         LMMS: Rule("(X), else X before a space, else X., else an option's text; open answers as the official rule; "
                    f"{UNREAD}", lmms_eval, guesses=_options),
         VLMEVAL: Rule("the only letter, else the only option's text; open questions have the options of the right "
-                      "answer and 'Other Answers'; no judge unless its replies are in the answers", vlmevalkit),
+                      "answer and 'Other Answers'; no judge unless its replies are in the answers",
+                      lambda text, item: matched(text, with_options(item))),
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:
@@ -171,6 +172,7 @@ class MmmuPro(_Exam):
     name, what = "mmmu-pro", "MMMU-Pro: right options, the mean of the standard and the vision set"
     label_files = "the Hub's Parquet of one set or several, VLMEvalKit's TSV"
     max_new_tokens = 256
+    sets = (VISION, FOUR, STANDARD)
     judge = matcher()
     prompts = {LMMS: _pro_prompt, OFFICIAL: _pro_prompt, VLMEVAL: _pro_vlmevalkit, VLMEVAL_API: _pro_vlmevalkit}
     rules = {

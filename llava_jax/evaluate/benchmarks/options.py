@@ -32,11 +32,22 @@ def _star_prompt(item: Item) -> str:
     return f"{item.question.strip()}{lettered(item)}\n{LETTER.removesuffix('.')}"
 
 
+def _with_options(item: Item) -> Item:
+    """The item with the options that its question ends with, if it has no others."""
+    if item.options:
+        return item
+    _, _, end = item.question.rpartition("Options:")
+    found = tuple(text.strip() for _, text in IN_QUESTION.findall(end))
+    if len(found) < 2:
+        raise UserError(f"question {item.id}: has no options: give VLMEvalKit's own table as --labels")
+    return item._replace(options=found)
+
+
 @register
 class MmStar(RuledBenchmark):
     name, what = "mmstar", "MMStar: right options, in six categories"
     label_files = "the Hub's Parquet, VLMEvalKit's TSV"
-    judge = matcher()
+    judge = matcher(_with_options)
     prompts = {LMMS: _star_prompt, **CHOICE}
     rules = {
         OFFICIAL: Rule("the right letter is the first character, or follows '(', 'option ' or 'the answer is '",
@@ -51,17 +62,6 @@ class MmStar(RuledBenchmark):
         categories = (*filter(None, [str(line.value.get("category") or "")]), axis)
         answers = (files.text(line, "answer").strip().upper(),)
         return files.item(line, number, answers=answers, categories=categories)
-
-
-def _with_options(item: Item) -> Item:
-    """The item with the options that its question ends with, if it has no others."""
-    if item.options:
-        return item
-    _, _, end = item.question.rpartition("Options:")
-    found = tuple(text.strip() for _, text in IN_QUESTION.findall(end))
-    if len(found) < 2:
-        raise UserError(f"question {item.id}: has no options: --as vlmevalkit needs VLMEvalKit's own table as --labels")
-    return item._replace(options=found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- AI2D
@@ -115,11 +115,12 @@ def world_lmms_eval(text: str, item: Item) -> Reading:
     return world_official(text, item)
 
 
-def world_vlmevalkit(text: str, item: Item) -> Reading:
+def _asked(item: Item) -> Item:
+    """The item with the options in its question."""
     options = item.options or tuple(option for _, option in ASKS.findall(item.question))
     if not options:
-        raise UserError(f"question {item.id}: has no options: --as vlmevalkit needs VLMEvalKit's own table as --labels")
-    return matched(text, item._replace(options=options))
+        raise UserError(f"question {item.id}: has no options: give VLMEvalKit's own table as --labels")
+    return item._replace(options=options)
 
 
 @register
@@ -127,14 +128,14 @@ class RealWorldQa(RuledBenchmark):
     name, what = "realworldqa", "RealWorldQA: right letters, words and numbers"
     label_files = "the Hub's Parquet, VLMEvalKit's TSV"
     max_new_tokens = 16
-    judge = matcher()
+    judge = matcher(_asked)
     prompts = {LMMS: lambda item: item.question.strip() + lettered(item), OFFICIAL: bare, **CHOICE}
     rules = {
         OFFICIAL: Rule("the answer alone, in any case, with or without a full stop (its authors publish no scorer)",
                        world_official),
         LMMS: Rule("letters: the one in the form with the highest priority; other answers alone, in any case",
                    world_lmms_eval),
-        VLMEVAL: Rule(MATCHER, world_vlmevalkit),
+        VLMEVAL: Rule(MATCHER, lambda text, item: matched(text, _asked(item))),
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:

@@ -45,6 +45,7 @@ class ChartQa(RuledBenchmark):
     label_files = "the official `test_human.json` and `test_augmented.json`, the Hub's Parquet, VLMEvalKit's TSV"
     max_new_tokens = 16
     shares_images = True
+    sets = ("human", "augmented")
     prompts = {LMMS: lambda item: f"{item.question}\nAnswer the question with a single word.", **SHORT_ANSWER}
     rules = {
         OFFICIAL: Rule(f"pix2struct's: {RELAXED}", first),
@@ -111,15 +112,15 @@ class InfoVqa(_Documents):
 
 # ------------------------------------------------------------------------------------------------------------ OCRBench
 
-FORMULAS = "Handwritten Mathematical Expression Recognition"
+FORMULAS, HME = "Handwritten Mathematical Expression Recognition", "HME100k"
 RECOGNITION = ("Regular", "Irregular", "Artistic", "Handwriting", "Digit String", "Non-Semantic")
 TEXT = "Text Recognition"
 
 
-def ocr(text: str, item: Item, formula: str, fold: bool = False) -> Reading:
-    """Formulas are told by the data set or by the type of a question."""
-    return contains(text, item.answers, formula in (item.categories[0], item.more.get("dataset_name"),
-                                                    item.more.get("dataset")), fold)  # fmt: skip
+def ocr(text: str, item: Item, fold: bool = False) -> Reading:
+    """Formulas are told by the data set or by the type of a question: files have either."""
+    told = item.categories[0] == FORMULAS or HME in (item.more.get("dataset_name"), item.more.get("dataset"))
+    return contains(text, item.answers, told, fold)
 
 
 @register
@@ -130,11 +131,11 @@ class OcrBench(RuledBenchmark):
     prediction = "predict"
     rules = {
         OFFICIAL: Rule("contains a right answer, in any case; of HME100k without spaces, in the same case",
-                       partial(ocr, formula="HME100k"), counts=True),
+                       ocr, counts=True),
         LMMS: Rule("as official, and full-width characters equal ASCII; in points, where it prints thousandths",
-                   partial(ocr, formula="HME100k", fold=True), counts=True),
+                   partial(ocr, fold=True), counts=True),
         VLMEVAL: Rule("contains a right answer, in any case; of handwritten formulas without spaces, in the same case",
-                      partial(ocr, formula=FORMULAS), counts=True),
+                      ocr, counts=True),
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:
