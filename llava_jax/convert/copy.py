@@ -37,10 +37,9 @@ def merge(path: str | os.PathLike, output: str | os.PathLike) -> float:
 
 
 def _write(checkpoint: Checkpoint, output: str | os.PathLike) -> None:
-    whole = None if checkpoint.config.lora is None else trained_whole(checkpoint)
-    description = dataclasses.replace(
-        checkpoint.description, sources=(), id=uuid.uuid4().hex, trained_whole=whole and tuple(sorted(whole))
-    )
+    description = dataclasses.replace(checkpoint.description, sources=(), id=uuid.uuid4().hex)
+    if checkpoint.config.lora and (whole := trained_whole(checkpoint)) is not None:
+        description = dataclasses.replace(description, trained_whole=tuple(sorted(whole)))
     shapes = checkpoint.abstract()
     write_model(output, shapes, _slices(checkpoint, shapes), description, os.fspath(checkpoint.tokenizer_dir))
 

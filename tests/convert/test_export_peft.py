@@ -218,6 +218,10 @@ def test_a_copy_says_what_was_trained_beside_its_adapters(tmp_path):
     with pytest.raises(UserError, match="copy: does not say what was trained whole"):
         export("--checkpoint", tmp_path / "copy", "--layout", "peft", "--output", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+    alone = workdir(tmp_path / "alone", base, lora(), adapter(tiny.config(), lora()))  # nothing was
+    main(["copy", "--checkpoint", str(alone), "--output", str(tmp_path / "second")])
+    export("--checkpoint", tmp_path / "second", "--layout", "peft", "--output", tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["modules_to_save"] is None
 
 
 def test_what_an_imported_adapter_replaces_goes_to_the_base_too(tmp_path):
