@@ -188,7 +188,7 @@ def test_too_many_bad_samples_stop_both_and_the_packed_run_goes_on_elsewhere(run
     """One process finds the damaged picture; both say so and leave after the same step. One alone then ends the run."""
     images = Path(shutil.copytree(world["data.images"], tmp_path / "images"))
     (images / "4.png").write_bytes(b"no picture")
-    packed = {"pack": True, "row_length": 160, "rows_per_group": 2, "steps": 12, "data.holdout": 0}
+    packed = {"pack": True, "row_length": 160, "rows_per_group": 2, "steps": 12, "data.holdout": 0, "eval_every": 0}
     packed |= {"data.images": str(images), "data.on_bad_sample": "skip", "save_every": 5}
     cached = {"compilation_cache": str(tmp_path / "cache"), "data.max_bad_share": 0.03}
     pair = run(tmp_path / "run", processes=2, devices=2, **packed, **cached)
