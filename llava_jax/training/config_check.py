@@ -1,6 +1,7 @@
 """Checks the configuration of a run: every option by its declaration in llava_jax/recipes/common.py, then the rules for
 several options together."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -9,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, warn
 from llava_jax.recipes.common import OPTIONS
 from llava_jax.recipes.options import flatten
 from llava_jax.training import optim
@@ -26,6 +27,9 @@ def check(config: ConfigDict) -> None:
     problems += [problem for rule in RULES for problem in rule(config)]
     if problems:
         raise UserError("; ".join(f"config.{problem}" for problem in problems))
+    for needed, keys in _without_effect(values).items():
+        names = " and ".join(f"config.{key}" for key in keys)
+        _warn_once(f"{names} {'has' if len(keys) == 1 else 'have'} no effect without config.{needed}")
 
 
 def row_length(config: ConfigDict) -> int:
@@ -155,17 +159,22 @@ def _tracking(config: ConfigDict) -> Iterator[str]:
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
-def _without_effect(config: ConfigDict) -> Iterator[str]:
-    """No option is set that does nothing because another one is not."""
-    values = dict(flatten(config.to_dict()))
-    for key, option in OPTIONS.items():
-        needed = next((other for prefix, other in NEEDED.items() if key.startswith(prefix) and key != other), None)
-        if needed and not values[needed] and values[key] != option.default:
-            yield f"{key} is {values[key]!r}, which has no effect without {needed}: set that, too"
+RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracking)
 
+# ------------------------------------------------------------------------------------------- options without effect
 
-# Beginning of the names of options -> the option without which they have no effect.
+# Beginning of the names of options -> the option without which they have no effect, which may be off for a while.
 NEEDED = {"eval_every": "data.holdout", "evaluate.": "evaluate.benchmark", "profile.": "profile.steps"}
 NEEDED |= {"wandb.": "wandb.project"}
+_warn_once = functools.cache(warn)  # a configuration is checked several times
 
-RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracking, _without_effect)
+
+def _without_effect(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The options that are set, by the one that is not and without which they do nothing."""
+    found: dict[str, list[str]] = {}
+    for prefix, needed in NEEDED.items():
+        keys = [key for key in OPTIONS if key.startswith(prefix) and key != needed]
+        set_ones = [key for key in keys if values[key] != OPTIONS[key].default]
+        if set_ones and not values[needed]:
+            found[needed] = set_ones
+    return found

@@ -111,7 +111,7 @@ def trained(shapes: Mapping[str, Any], config: ConfigDict) -> dict[str, Group]:
             raise _trains_nothing(group, reason if matching else _no_parameter(group, shapes))
     for name, group in found.items():
         adapter = f"{pieces.whole(name).removesuffix('.kernel')}.lora.a"
-        if group and name.endswith(".kernel") and adapter in shapes:
+        if group and config.trainable and name.endswith(".kernel") and adapter in shapes:
             raise UserError(
                 f"config.trainable: the pattern {group.pattern} trains {pieces.whole(name)} itself, beside its adapter "
                 f"(config.lora.rank): put that of the adapters there instead, ({PATTERNS['lora']!r}, 'lora')"

@@ -131,9 +131,7 @@ def test_a_signal_to_one_of_two_saves_and_stops_both_and_one_process_goes_on(run
 
 def test_when_one_is_killed_the_other_leaves(run, tmp_path):
     """Process 0, since with it the coordinator goes. Nor do the reading processes stay."""
-    pair = run(
-        tmp_path / "run", processes=2, devices=2, steps=3000, **{"data.holdout": 0, "eval_every": 0, "data.workers": 1}
-    )
+    pair = run(tmp_path / "run", processes=2, devices=2, steps=3000, **{"data.holdout": 0, "data.workers": 1})
     pair.wait_for(lambda: len(pair.metrics()) >= 2)
     readers = [reader for process in pair.processes for reader in children(process.pid)]
     assert len(readers) >= 2
@@ -164,7 +162,7 @@ def is_running(pid: int) -> bool:
 
 def test_a_host_that_falls_silent_is_missed(run, tmp_path):
     """Its connections stay open, as when a machine freezes or its network is cut: only the heartbeat tells."""
-    pair = run(tmp_path / "run", processes=2, devices=2, steps=3000, **{"data.holdout": 0, "eval_every": 0})
+    pair = run(tmp_path / "run", processes=2, devices=2, steps=3000, **{"data.holdout": 0})
     pair.wait_for(lambda: len(pair.metrics()) >= 2)
     pair.processes[1].send_signal(signal.SIGSTOP)
     assert pair.processes[0].wait() != 0
@@ -174,9 +172,7 @@ def test_a_host_that_falls_silent_is_missed(run, tmp_path):
 def test_an_error_of_one_ends_both_with_its_words(run, world, tmp_path):
     images = Path(shutil.copytree(world["data.images"], tmp_path / "images"))
     (images / "0.png").write_bytes(b"no picture")
-    pair = run(
-        tmp_path / "run", processes=2, devices=2, **{"data.images": str(images), "data.holdout": 0, "eval_every": 0}
-    )
+    pair = run(tmp_path / "run", processes=2, devices=2, **{"data.images": str(images), "data.holdout": 0})
     assert pair.wait() == [1, 1], pair.told()
     finder = 0 if "error: sample" in pair.told(0) else 1
     assert "error: sample sample-0: image" in pair.told(finder)
@@ -188,7 +184,7 @@ def test_too_many_bad_samples_stop_both_and_the_packed_run_goes_on_elsewhere(run
     """One process finds the damaged picture; both say so and leave after the same step. One alone then ends the run."""
     images = Path(shutil.copytree(world["data.images"], tmp_path / "images"))
     (images / "4.png").write_bytes(b"no picture")
-    packed = {"pack": True, "row_length": 160, "rows_per_group": 2, "steps": 12, "data.holdout": 0, "eval_every": 0}
+    packed = {"pack": True, "row_length": 160, "rows_per_group": 2, "steps": 12, "data.holdout": 0}
     packed |= {"data.images": str(images), "data.on_bad_sample": "skip", "save_every": 5}
     cached = {"compilation_cache": str(tmp_path / "cache"), "data.max_bad_share": 0.03}
     pair = run(tmp_path / "run", processes=2, devices=2, **packed, **cached)
