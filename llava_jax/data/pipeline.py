@@ -203,6 +203,7 @@ class Batches:
         side = self.layout.image_size
         if self.encoded.skip_bad and self.lengths is not None and not self.lengths.tokens[index]:
             return text, [np.zeros((0, side, side, 3), np.uint8)], None  # it was reported when it was measured
+        sample = None
         try:
             sample = self.encoded.source[index]
             text = self.encoded.segment(index, sample)
@@ -218,6 +219,6 @@ class Batches:
             if not self.encoded.skip_bad:
                 raise
             known = len(text.tokens) or self.lengths is not None  # a text that was good when it was measured
-            bad = BadSample(index, self.encoded.id(index), str(error)) if known else None
+            bad = BadSample(index, sample.id if sample else str(index), str(error)) if known else None
         images = np.zeros((text.num_tiles, side, side, 3), np.uint8)
         return text._replace(labels=np.full_like(text.labels, IGNORE_INDEX)), [images], bad
