@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import glob
 import importlib.util
 import math
@@ -81,6 +82,12 @@ def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = 
 def warn(message: str) -> None:
     """Prints a warning in one line to standard error."""
     print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """The same for what is checked several times, such as a configuration in a search."""
+    warn(message)
 
 
 def has_accelerator() -> bool:

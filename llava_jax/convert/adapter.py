@@ -36,6 +36,7 @@ _FILES = (
 )
 # A file of this project, which PEFT does not read: how prompts and images were made in training.
 TRAINED_WITH = "llava_jax.json"
+PADDING = 1024  # rows of a vocabulary by which imports and exports of one model may differ: tokens and padding
 BESIDES = "non_lora_trainables.bin"  # in which the original LLaVA has the projector, trained whole
 # Fields of adapter_config.json that are read here, or that do not change the sum (origin, training). Any other one has
 # to be empty or have the value in _PLAIN.
@@ -62,10 +63,9 @@ class TrainedWith(NamedTuple):
 
 
 def base_fields(config: TextConfig) -> Json:
-    """The fields of a decoder in which the base of an adapter has to agree, as JSON has them. Exports of one model
-    differ in the number of rows of the vocabulary, which may be padded."""
+    """The fields of a decoder in which the base of an adapter has to agree, as JSON has them."""
     values = dataclasses.asdict(config) | {"family": family_of(config).name}
-    return {name: value for name, value in values.items() if name not in ("vocab_size", "max_position_embeddings")}
+    return {name: value for name, value in values.items() if name != "max_position_embeddings"}
 
 
 class Adapter(NamedTuple):
@@ -111,6 +111,8 @@ def require_base(directory: Path, config: LlavaConfig) -> None:
         if "anyres" in (aspect, config.image_aspect):  # how others become squares is not the base's
             stated, here = stated | {"image_aspect": aspect}, here | {"image_aspect": config.image_aspect}
         for name, value in stated.items():
+            if name == "vocab_size" and isinstance(value, int) and abs(value - here[name]) < PADDING:
+                continue
             if value != here.get(name, value):
                 raise UserError(f"{file}: is for another base: its {name} is {value}, that of the model {here[name]}")
 

@@ -4,7 +4,6 @@ No step is run: parameters and batches are shapes.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import UserError, warn_once
 from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LlavaConfig, quantized
 from llava_jax.parallel import sharding
@@ -128,9 +127,6 @@ def _model(config: ConfigDict) -> tuple[LlavaConfig, dict[str, jax.ShapeDtypeStr
     raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says which model to train")
 
 
-_warn_once = functools.cache(warn)  # a search builds the program many times
-
-
 def _checkpoint(config: ConfigDict, required: bool) -> Checkpoint | None:
     """That of `config.init`; None if it is not on this machine, as before it is made."""
     try:
@@ -138,7 +134,7 @@ def _checkpoint(config: ConfigDict, required: bool) -> Checkpoint | None:
     except UserError as error:
         if required:
             raise
-        _warn_once(f"{error}: compiles a checkpoint of {config.model} as published instead")
+        warn_once(f"{error}: compiles a checkpoint of {config.model} as published instead")
         return None
 
 

@@ -106,7 +106,7 @@ class ChatReply(Reply):
         texts = ["" for _ in self.answers.answers]
         logprobs: list[list[str]] = [[] for _ in texts]
         async for index, piece in self.pieces():
-            texts[index] += "".join(part for part in self._parsers[index].push(piece.text) if isinstance(part, str))
+            texts[index] += _split(self._parsers[index].push(piece.text))[0]
             tokens = map(_token_logprob, piece.token_logprobs)
             logprobs[index] += [token.model_dump_json(exclude_unset=True) for token in tokens]
         choices = []
@@ -137,11 +137,7 @@ class ChatReply(Reply):
 
     def add(self, index: int, piece: Piece) -> Iterator[bytes]:
         parser = self._parsers[index]
-        parts = parser.push(piece.text)
-        text, calls = (
-            "".join(part for part in parts if isinstance(part, str)),
-            [p for p in parts if isinstance(p, Call)],
-        )
+        text, calls = _split(parser.push(piece.text))
         if text or piece.token_logprobs or not parser.active:
             yield self._chunk(index, piece.token_logprobs, content=text)
         for number, call in enumerate(calls, len(parser.calls) - len(calls)):
@@ -269,6 +265,11 @@ class EventStream(StreamingResponse):
         finally:
             self._answers.cancel()
             self._reserved.close()
+
+
+def _split(parts: Sequence[str | Call]) -> tuple[str, list[Call]]:
+    """The text of an answer's parts, and its calls, which a message has apart."""
+    return "".join(part for part in parts if isinstance(part, str)), [p for p in parts if isinstance(p, Call)]
 
 
 def _call(call: Call) -> ChatCompletionMessageFunctionToolCall:

@@ -1,7 +1,6 @@
 """Checks the configuration of a run: every option by its declaration in llava_jax/recipes/common.py, then the rules for
 several options together."""
 
-import functools
 import importlib.util
 import math
 import re
@@ -10,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import UserError, warn_once
 from llava_jax.recipes.common import OPTIONS
 from llava_jax.recipes.options import flatten
 from llava_jax.training import optim
@@ -29,7 +28,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("; ".join(f"config.{problem}" for problem in problems))
     for needed, keys in _without_effect(values).items():
         names = " and ".join(f"config.{key}" for key in keys)
-        _warn_once(f"{names} {'has' if len(keys) == 1 else 'have'} no effect without config.{needed}")
+        warn_once(f"{names} {'has' if len(keys) == 1 else 'have'} no effect without config.{needed}")
 
 
 def row_length(config: ConfigDict) -> int:
@@ -166,7 +165,6 @@ RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracki
 # Beginning of the names of options -> the option without which they have no effect, which may be off for a while.
 NEEDED = {"eval_every": "data.holdout", "evaluate.": "evaluate.benchmark", "profile.": "profile.steps"}
 NEEDED |= {"wandb.": "wandb.project"}
-_warn_once = functools.cache(warn)  # a configuration is checked several times
 
 
 def _without_effect(values: Mapping[str, Any]) -> dict[str, list[str]]:

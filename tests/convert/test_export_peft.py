@@ -150,6 +150,10 @@ def test_an_adapter_says_how_its_prompts_were_made(tmp_path, capsys):
         ({"temperature": 1}, "'temperature' is no field that is known: template, image_position, image_aspect, base"),
         ({"base": {"family": "qwen2"}}, "is for another base: its family is qwen2, that of the model llama"),
         ({"base": {"rope_theta": 5e5}}, "is for another base: its rope_theta is 500000.0, that of the model 10000.0"),
+        (
+            {"base": {"vocab_size": 32000}},
+            f"is for another base: its vocab_size is 32000, that of the model {tiny.VOCAB}",
+        ),
         ({"base": []}, "base is"),
     ):
         file.write_text(json.dumps({"template": "plain"} | trained | fields))

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import common, finetune, pretrain, quickstart
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, warn_once
 from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.models.attention import BACKENDS
 from llava_jax.models.config import ASPECTS
@@ -152,7 +152,7 @@ def test_a_learning_rate_that_a_table_replaces_is_refused():
     ],
 )
 def test_options_without_effect_are_told(changes, needed, capsys):
-    config_check._warn_once.cache_clear()
+    warn_once.cache_clear()
     config = common.get_config()
     config.update_from_flattened_dict(changes)
     for _ in range(2):
